@@ -1,0 +1,23 @@
+"""NVIDIA Jetson boards."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from devices.base import Profile
+from devices.cuda import CudaDevice, board_model
+
+
+class JetsonDevice(CudaDevice):
+    """A CUDA device that shares its memory with the host: budgets cover the sum. Untested on hardware."""
+
+    kind = "jetson"
+
+    @classmethod
+    def detect(cls) -> Profile | None:
+        model = board_model()
+        profile = cls._detect() if "jetson" in model.lower() else None
+        if profile is None:
+            return None
+        capabilities = dataclasses.replace(profile.capabilities, unified_memory=True)
+        return dataclasses.replace(profile, name=model, capabilities=capabilities)

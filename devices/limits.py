@@ -1,0 +1,127 @@
+"""A hard limit on the process's own memory, and the start-up that makes it hold. Imports no torch.
+
+Linux bounds the private writable memory of a process by RLIMIT_DATA; allocations beyond it fail and torch
+turns that into an error that can be caught. Elsewhere there is no such limit (``supported``): there a plan
+and a ``meter.Monitor`` have to do.
+
+The order at start-up: ``prepare_process``, import torch, allocate and touch buffers, run every operation
+once and let one allocation fail (the code of the error path is file pages too), start the monitor,
+``set_data_limit(data_limit_for(budget, usage()))``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+
+from devices.meter import Usage
+
+_MIB = 1 << 20
+
+# glibc's malloc.h. Blocks from 64 KiB on are mapped and unmapped one by one, so that freed memory leaves
+# the process and large requests are the ones that fail; small ones live off a reserve at the heap's top.
+_MALLOPT = {
+    "M_MMAP_THRESHOLD": (-3, 65536),
+    "M_TOP_PAD": (-2, 4 * _MIB),
+    "M_TRIM_THRESHOLD": (-1, 1 << 30),
+}
+_STACK_GROWTH_BYTES = _MIB // 2
+_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory")
+
+
+def prepare_process(num_threads: int) -> dict[str, int]:
+    """Set thread counts and the allocator's parameters; call before numpy or torch are imported.
+
+    OpenBLAS gets one thread: torch does not compute with it, and each reserves 32 MiB.
+
+    Returns:
+        What took effect, by name. Environment variables are set for child processes in any case, but left
+        out here if numpy or torch was imported before; allocator parameters where the C library has none.
+    """
+    applied = {}
+    too_late = "numpy" in sys.modules or "torch" in sys.modules
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), num_threads)
+    for name, value in (threads | {"OPENBLAS_NUM_THREADS": 1}).items():
+        os.environ[name] = str(value)
+        if not too_late:
+            applied[name] = value
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return applied
+    return applied | {name: value for name, (number, value) in _MALLOPT.items() if mallopt(number, value) == 1}
+
+
+def supported() -> bool:
+    """Whether this system can limit the process's memory."""
+    return sys.platform == "linux"
+
+
+def set_data_limit(nbytes: int) -> None:
+    """Let the process's private writable memory (VmData) not grow beyond ``nbytes``.
+
+    Less than is in use now is allowed: then every further allocation fails.
+
+    Raises:
+        OSError: this system has no such limit.
+        ValueError: negative, or above the hard limit that the process was started with.
+    """
+    if not supported():
+        raise OSError(errno.ENOSYS, f"no limit on a process's memory on {sys.platform}")
+    import resource
+
+    if nbytes < 0:
+        raise ValueError(f"a data limit of {nbytes} bytes")
+    resource.setrlimit(resource.RLIMIT_DATA, (nbytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def data_limit() -> int | None:
+    """The limit in force in bytes, None if there is none."""
+    if not supported():
+        return None
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def lift_data_limit() -> None:
+    """Back to the hard limit, usually none."""
+    if supported():
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def data_limit_for(budget_bytes: int, usage: Usage, file_margin_bytes: int = 8 * _MIB) -> int:
+    """The data limit that keeps the resident memory of a process in state ``usage`` within ``budget_bytes``.
+
+    Resident = anonymous + file-backed + shared pages, and the limit bounds only the address space that
+    anonymous pages can appear in. So from the budget are taken:
+    file-backed and shared pages as they are, with a margin for library pages yet to be read in; and the
+    stack, which the limit does not cover, with half a MiB to grow. Added is the address space that is
+    reserved and not resident (VmData - RssAnon - swap: thread stacks, OpenBLAS' work area), because the
+    limit counts it and it costs nothing. That holds only as long as it stays untouched: touch what will be
+    used (``Buffer.touch``, a warm-up of every operation) before measuring ``usage``.
+
+    Returns:
+        Bytes. ``data_limit_for(...) - usage.data_bytes`` is what can still be allocated; refuse to go on if
+        that is not enough. It can be negative.
+    """
+    outside_data = usage.file_bytes + usage.shared_bytes + file_margin_bytes + usage.stack_bytes + _STACK_GROWTH_BYTES
+    untouched = usage.data_bytes - usage.anonymous_bytes - usage.swapped_bytes
+    return budget_bytes - outside_data + untouched
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: Python's, the system's, a device's, or torch's on any device."""
+    if isinstance(error, MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)

@@ -1,0 +1,39 @@
+"""What a training objective tells the engine: which blocks to visit, what each is made of, and its loss."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgetrain.activations import Activations
+from edgetrain.models.base import Layer
+
+@dataclass(frozen=True)
+class Block:
+    """The modules of one block, bound to the weights that are resident now."""
+
+    index: int
+    codebook: nn.Module
+    stem: nn.Module
+    layers: Sequence[Layer]
+    head: nn.Module
+
+
+class Objective(abc.ABC):
+    """A way to train blocks. The engine owns memory, disk and time; the objective owns the mathematics."""
+
+    @abc.abstractmethod
+    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, Any]:
+        """Host arrays that examples ``first`` .. ``first + count - 1`` of the step's batch need: a pure function."""
+
+    @abc.abstractmethod
+    def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
+        """The summed loss of the examples divided by the whole batch size, so that micro-batches add up."""
+
+
+Batches = Callable[[int, int, int, int], tuple[Any, Any]]
+"""(block, step, first, count) -> images (count, C, H, W) float32 in [-1, 1] and labels (count,)."""

@@ -1,0 +1,99 @@
+"""Blocks trained alone by denoising (Shing et al., arXiv 2506.14202): no gradient crosses a block border.
+
+What is noised is a unit row of a codebook, the embedding of the label; the loss is unweighted cross-entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgetrain import noise
+from edgetrain.activations import Activations
+from edgetrain.models.base import Boundary
+from edgetrain.objectives.base import Batches, Block, Objective
+from edgetrain.randomness import Purpose, Stream, normal, uniform
+from edgetrain.spec import Spec
+
+
+class Codebook(nn.Module):
+    """One row for each class; its readers see it normalised to length 1, which keeps a trained one from collapsing."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(num_classes, width))
+
+    def forward(self) -> Tensor:
+        """(classes, width), unit rows."""
+        return F.normalize(self.rows, dim=1)
+
+
+def codebook_rows(normals: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Unit rows from unit normals (classes, width): orthonormal where the width has room for that many."""
+    num_classes, width = normals.shape
+    rows = normals.astype(np.float64)
+    for i in range(num_classes):
+        if i < width:  # Gram-Schmidt, twice for accuracy; plain loops give equal bits on every machine
+            for _ in range(2):
+                for j in range(i):
+                    rows[i] -= (rows[i] * rows[j]).sum() * rows[j]
+        rows[i] /= np.sqrt((rows[i] ** 2).sum())
+    return rows.astype(np.float32)
+
+
+class DiffusionBlocks(Objective):
+    """The objective for the classifier."""
+
+    def __init__(self, spec: Spec, batches: Batches) -> None:
+        self.spec = spec
+        self.batches = batches
+        self.schedule = spec.diffusion_blocks.noise
+
+    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        """images (count, C, H, W), labels (count,), sigma (count,) and eps (count, width)."""
+        seed, width = self.spec.train.seed, self.spec.model.width
+        images, labels = self.batches(block, step, first, count)
+        uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
+        return {
+            "images": images,
+            "labels": labels,
+            "sigma": np.array(self.schedule.draw(block, uniforms.tolist()), np.float32),
+            "eps": normal(Stream(seed, Purpose.NOISE, block, step), first, count, width),
+        }
+
+    def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
+        method, labels = self.spec.diffusion_blocks, draw["labels"]
+        y = block.codebook()[labels]  # (n, width)
+        z = y + draw["sigma"][:, None] * draw["eps"]
+        boundary = enter(self.spec, block.stem, draw["images"], z, draw["sigma"])
+        for layer in block.layers:
+            boundary = activations.run(layer, boundary)
+        logits = read_out(self.spec, block.head, boundary, z, draw["sigma"])
+        total = F.cross_entropy(logits, labels, reduction="sum")
+        if method.auxiliary:
+            auxiliary = block.head.auxiliary_logits(boundary)  # type: ignore[operator]
+            total = total + method.auxiliary * F.cross_entropy(auxiliary, labels, reduction="sum")
+        return total / self.spec.train.batch_size
+
+
+def enter(spec: Spec, stem: nn.Module, images: Tensor, z: Tensor, sigma: Tensor) -> Boundary:
+    """The first boundary of a block: images (n, C, H, W), z (n, width), sigma (n,)."""
+    _, _, c_in = noise.preconditioning(sigma, spec.sigma_data)
+    boundary: Boundary = stem(images, c_in[:, None] * z, sigma.log() / 4)
+    return boundary
+
+
+def read_out(spec: Spec, head: nn.Module, boundary: Boundary, z: Tensor, sigma: Tensor) -> Tensor:
+    """Logits (n, classes) of the last boundary: from D = c_skip z + c_out F with ``skip``, else from F."""
+    output = head.network_output(boundary)  # type: ignore[operator]
+    if spec.diffusion_blocks.skip:
+        c_skip, c_out, _ = noise.preconditioning(sigma, spec.sigma_data)
+        output = c_skip[:, None] * z + c_out[:, None] * output
+    logits: Tensor = head(output, boundary.context["condition"])
+    return logits

@@ -1,0 +1,58 @@
+"""AdamW over flat buffers, and the learning rate as a function of progress.
+
+torch's fused kernel is called directly: constructing ``torch.optim.AdamW`` imports the compiler stack, some 70 MiB.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from edgetrain.spec import OptimizerSpec
+
+# Parameters are updated in pieces of this many elements, whether their moments are resident or streamed piece by piece:
+# a vectorised kernel may round a piece's tail otherwise than its body.
+CHUNK_ELEMENTS = 1 << 20
+
+
+def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
+    """Of optimizer step ``step`` (from 0) out of ``total``: linear warm-up, then cosine to ``final_lr`` of the peak."""
+    warmup = max(1, round(spec.warmup * total))
+    if step < warmup:
+        return spec.lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return spec.lr * (spec.final_lr + (1 - spec.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class AdamW:
+    """One update of AdamW with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101)."""
+
+    def __init__(self, spec: OptimizerSpec) -> None:
+        self.spec = spec
+
+    @torch.no_grad()
+    def update(
+        self, weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, *, update: int, lr: float, decays: bool
+    ) -> None:
+        """Updates ``weight``, ``m`` and ``v``, all flat and of one size, in place.
+
+        Args:
+            update: how many updates the parameter had with this one, from 1; decides the bias correction.
+        """
+        torch._fused_adamw_(
+            [weight],
+            [gradient],
+            [m],
+            [v],
+            [],
+            [torch.tensor(float(update), device=weight.device)],
+            lr=lr,
+            beta1=self.spec.beta1,
+            beta2=self.spec.beta2,
+            weight_decay=self.spec.weight_decay if decays else 0.0,
+            eps=self.spec.eps,
+            amsgrad=False,
+            maximize=False,
+        )

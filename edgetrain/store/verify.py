@@ -1,0 +1,54 @@
+"""Comparing a stage's files with what its manifest says of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edgetrain.errors import EdgetrainError
+from edgetrain.store import disk
+from edgetrain.store.slot import StageFiles
+
+
+@dataclass(frozen=True)
+class StageCheck:
+    """What ``Store.verify`` found for one stage. ``group`` is None for a frozen stage."""
+
+    stage: str
+    group: str | None
+    slot: str
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A row for each stage, and the digest recomputed from the slots; None where one could not be read."""
+
+    rows: tuple[StageCheck, ...]
+    digest: str | None
+
+    @property
+    def ok(self) -> bool:
+        return not any(row.problems for row in self.rows)
+
+
+def check_stage(files: StageFiles, slot: str, expected: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What is wrong with a stage's files, and the hash of each role that could be read from ``slot``."""
+    problems: list[str] = []
+    for one in files.layout.slots:
+        try:
+            files.check(one)
+        except EdgetrainError as error:
+            problems.append(error.message)
+    hashes: dict[str, str] = {}
+    try:
+        with disk.opened(files.path(slot), os.O_RDONLY) as fd:
+            for role in expected:
+                hashes[role] = files.hash_role(fd, role)
+    except EdgetrainError as error:
+        problems.append(error.message)
+    for role, value in hashes.items():
+        if value != expected[role]:
+            problems.append(f"{files.path(slot)}, {role}: SHA-256 is {value}, the manifest says {expected[role]}")
+    return tuple(dict.fromkeys(problems)), hashes

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import pytest
+import torch
+
+from devices import DeviceOutOfMemory
+from devices.limits import data_limit_for, is_out_of_memory, supported
+from devices.meter import Usage
+from tests.devices.subprocesses import run_python
+
+MIB = 1 << 20
+_GLIBC = platform.libc_ver()[0] == "glibc"
+
+linux_only = pytest.mark.skipif(not supported(), reason="no limit on a process's memory on this system")
+
+
+def _run(code: str, *arguments: str) -> Any:
+    """What the code prints, as JSON, from a process of its own: limits and mallopt cannot be undone."""
+    return json.loads(run_python(code, *arguments))
+
+
+_FILL_UP = """
+import json, sys
+from devices.limits import *
+from devices.meter import Monitor, usage
+budget = int(sys.argv[1])
+excess = []
+prepare_process(1)
+import torch
+
+def fill(size):
+    tensors = []
+    try:
+        while len(tensors) < 100000:
+            tensors.append(torch.ones(size, dtype=torch.uint8))
+    except RuntimeError as error:
+        assert is_out_of_memory(error), error
+        return len(tensors) * size
+    raise AssertionError("no limit")
+
+def step():
+    x = torch.randn(32, 64, requires_grad=True)
+    layer = torch.nn.Linear(64, 64)
+    (layer(x).relu() ** 2).sum().backward()
+
+step()
+try:
+    torch.empty(1 << 50)
+except RuntimeError:
+    pass
+monitor = Monitor(budget, lambda: excess.append(1))
+monitor.start()
+limit = data_limit_for(budget, usage())
+set_data_limit(limit)
+headroom = limit - usage().data_bytes
+assert data_limit() == limit
+filled = [fill(size) for size in (1 << 20, 70000, 1 << 20, 5 << 20)]
+step()
+measured = usage()
+lift_data_limit()
+torch.ones(budget, dtype=torch.uint8)
+monitor.stop()
+print(json.dumps(dict(peak=measured.peak_bytes, filled=filled, headroom=headroom, excess=len(excess),
+                      lifted=data_limit() is None, after=usage().peak_bytes)))
+"""
+
+
+@linux_only
+@pytest.mark.parametrize("budget_mib", [330, 450])
+def test_the_data_limit_keeps_a_process_within_its_budget(budget_mib: int) -> None:
+    """... uses the budget up to 40 MiB, leaves the process alive, and freed memory can be had again."""
+    budget = budget_mib * MIB
+    result = _run(_FILL_UP, str(budget))
+    assert budget - 40 * MIB < result["peak"] <= budget
+    assert min(result["filled"]) > 0.8 * result["headroom"] > 10 * MIB
+    assert result["lifted"]
+    assert result["after"] > budget  # the same process outgrows it as soon as the limit is lifted ...
+    assert result["excess"] == 1  # ... which the monitor saw, and never before
+
+
+@linux_only
+def test_buffers_fail_with_the_devices_error_at_the_limit() -> None:
+    assert (
+        _run(
+            "import json, torch\n"
+            "from devices import DeviceOutOfMemory, Tier, open_device\n"
+            "from devices.limits import *\n"
+            "from devices.meter import usage\n"
+            "device = open_device('cpu')\n"
+            "set_data_limit(usage().data_bytes + (20 << 20))\n"
+            "results = []\n"
+            "for tier in (Tier.DEVICE, Tier.HOST):\n"
+            "    try:\n"
+            "        device.buffer(64 << 20, tier)\n"
+            "    except DeviceOutOfMemory as error:\n"
+            "        results.append([error.requested, device.allocated_bytes()])\n"
+            "device.buffer(4 << 20, Tier.DEVICE).touch()\n"
+            "print(json.dumps(results))"
+        )
+        == [[64 * MIB, 0]] * 2
+    )
+
+
+@linux_only
+def test_a_limit_can_be_below_what_is_in_use() -> None:
+    assert _run(
+        "import json\n"
+        "from devices.limits import *\n"
+        "set_data_limit(4096)\n"
+        "try:\n"
+        "    bytearray(1 << 24)\n"
+        "except MemoryError as error:\n"
+        "    lift_data_limit()\n"
+        "    print(json.dumps([is_out_of_memory(error), len(bytearray(1 << 24)), data_limit()]))"
+    ) == [True, 1 << 24, None]
+
+
+def test_the_limits_arithmetic() -> None:
+    usage = Usage(
+        peak_bytes=0,
+        resident_bytes=205 * MIB,
+        anonymous_bytes=120 * MIB,
+        file_bytes=80 * MIB,
+        shared_bytes=5 * MIB,
+        data_bytes=170 * MIB,
+        stack_bytes=MIB,
+        swapped_bytes=10 * MIB,
+    )
+    expected = (300 - 80 - 5 - 16 - 1) * MIB - MIB // 2 + (170 - 120 - 10) * MIB
+    assert data_limit_for(300 * MIB, usage, file_margin_bytes=16 * MIB) == expected
+    assert data_limit_for(300 * MIB, usage) == expected + 8 * MIB
+    assert data_limit_for(40 * MIB, usage) < 0
+
+
+_PREPARE = """
+import json, os, sys
+if sys.argv[1] == "late":
+    import numpy
+from devices.limits import prepare_process
+applied = prepare_process(2)
+import torch
+print(json.dumps([applied, os.environ["OMP_NUM_THREADS"], torch.get_num_threads()]))
+"""
+
+
+@linux_only
+def test_prepare_process() -> None:
+    applied, variable, num_threads = _run(_PREPARE, "early")
+    assert applied["OMP_NUM_THREADS"] == applied["MKL_NUM_THREADS"] == 2
+    assert applied["OPENBLAS_NUM_THREADS"] == 1
+    mallopt = {name: value for name, value in applied.items() if name.startswith("M_")}
+    expected = {"M_MMAP_THRESHOLD": 65536, "M_TOP_PAD": 4 * MIB, "M_TRIM_THRESHOLD": 1 << 30}
+    assert mallopt == (expected if _GLIBC else {})
+    assert (variable, num_threads) == ("2", 2)
+    applied, variable, _ = _run(_PREPARE, "late")
+    assert "OMP_NUM_THREADS" not in applied
+    assert variable == "2"
+
+
+_THRESHOLD = """
+import json
+import platform
+from devices.limits import prepare_process
+from devices.meter import usage
+prepare_process(1)
+blocks = [bytearray(b"x") * 100_000 for _ in range(300)]
+full = usage().anonymous_bytes
+keep = blocks[1::2] + [blocks[-1]]
+del blocks
+print(json.dumps(full - usage().anonymous_bytes))
+"""
+
+
+@pytest.mark.skipif(not _GLIBC, reason="another allocator")
+def test_freed_blocks_leave_the_process() -> None:
+    """Half of 30 MB freed in between the other half: returned by mmap's threshold, kept by a heap."""
+    assert _run(_THRESHOLD) > 14_000_000
+
+
+def test_out_of_memory_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as torchs_own:
+        torch.empty(1 << 50)
+    assert is_out_of_memory(torchs_own.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(DeviceOutOfMemory(2, 1, 2))
+    assert is_out_of_memory(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    for other in (RuntimeError("size mismatch"), OSError(28, "No space left on device"), ValueError("out of memory")):
+        assert not is_out_of_memory(other)
