@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
     tensor: TensorSpec
     first: int
-    count: int
+    num_elements: int
     offset: int
     stored_bytes: int
 
@@ -174,22 +174,22 @@ class Resident:
             for piece in pieces(member.layout):
                 at = settings(member.stage, piece.tensor)
                 offset = member.offset + piece.offset
-                weight = self.weights.tensor(torch.float32, offset, (piece.count,))
-                gradient = self.gradients.tensor(torch.float32, offset, (piece.count,))
+                weight = self.weights.tensor(torch.float32, offset, (piece.num_elements,))
+                gradient = self.gradients.tensor(torch.float32, offset, (piece.num_elements,))
                 with self._moments(member, piece, transaction) as (m, v):
                     optimizer.update(weight, gradient, m, v, update=at.number, lr=at.lr, decays=at.decays)
 
     @contextmanager
     def _moments(self, member: Member, piece: Piece, transaction: Transaction) -> Iterator[tuple[Tensor, Tensor]]:
-        """The moments (count,) of a piece: in place, or read into the slices and written to the idle slot after."""
+        """The moments (num_elements,) of a piece: in place, or read into the slices and written to the idle slot after."""
         if self.moments_resident:
             offset = member.offset + piece.offset
-            yield self.m.tensor(torch.float32, offset, (piece.count,)), self.v.tensor(torch.float32, offset, (piece.count,))
+            yield self.m.tensor(torch.float32, offset, (piece.num_elements,)), self.v.tensor(torch.float32, offset, (piece.num_elements,))
             return
         for role, buffer in (("m", self.m), ("v", self.v)):
             read = _in_order(transaction.read, member.stage.name, role, piece.offset)
             self.device.fill(buffer, 0, piece.stored_bytes, read)
-        yield self.m.tensor(torch.float32, 0, (piece.count,)), self.v.tensor(torch.float32, 0, (piece.count,))
+        yield self.m.tensor(torch.float32, 0, (piece.num_elements,)), self.v.tensor(torch.float32, 0, (piece.num_elements,))
         for role, buffer in (("m", self.m), ("v", self.v)):
             write = _in_order(transaction.write, member.stage.name, role, piece.offset)
             self.device.drain(buffer, 0, piece.stored_bytes, write)

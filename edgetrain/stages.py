@@ -76,3 +76,8 @@ def frozen(spec: Spec) -> list[Stage]:
     """The stages that nothing trains."""
     found = {s.name: s for block in range(spec.num_blocks) for s in stages_of_block(spec, block) if not s.trained}
     return list(found.values())
+
+
+def largest_block(spec: Spec, shapes: Shapes) -> list[StageLayout]:
+    """The layouts of block 0, which has as many layers as any."""
+    return [stage.layout(shapes) for stage in stages_of_block(spec, 0)]

@@ -1,0 +1,242 @@
+"""The one training loop: load a block, run optimizer steps on it, write it back, commit, go on to the next.
+
+Every number depends on the spec and on counters alone. What may differ from run to run (moments resident or streamed,
+activations kept, recomputed or offloaded, order and length of visits between independent blocks) changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from devices import Device, Tier
+from devices.limits import is_out_of_memory
+from edgetrain.activations import Activations, Keep, Offload, Recompute
+from edgetrain.errors import BudgetBroken, TrainingDiverged
+from edgetrain.models import build_family
+from edgetrain.models.base import Family
+from edgetrain.objectives.base import Block, Objective
+from edgetrain.objectives.diffusion_blocks import Codebook
+from edgetrain.optim import AdamW, learning_rate
+from edgetrain.plan import Choice
+from edgetrain.resident import Resident, Update
+from edgetrain.session import BlockProgress, Session
+from edgetrain.spec import Spec
+from edgetrain.stages import Stage, group_of_block, largest_block, stages_of_block
+from edgetrain.store import Transaction
+from edgetrain.store.layout import TensorSpec
+
+_COMMIT_EVERY_S = 60.0
+# A run of steps without a finite loss, or a loss this many times that of guessing, is not going to recover.
+_MAX_BAD_STEPS = 10
+_HOPELESS_LOSS = 100.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. ``loss`` is None where the step was skipped as not finite."""
+
+    block: int
+    step: int
+    loss: float | None
+    gradient_norm: float
+    lr: float
+    seconds: float
+
+
+def build_modules(spec: Spec, family: Family, block: int) -> Block:
+    """The modules of one block, on meta: without memory until they are bound."""
+    with torch.device("meta"):
+        return Block(
+            block,
+            Codebook(spec.model.num_classes, spec.model.width),
+            family.build_stem(),
+            [family.build_layer() for _ in spec.layers_of(block)],
+            family.build_head(),
+        )
+
+
+def bind(resident: Resident, session: Session, family: Family, block: int) -> Block:
+    """Builds the modules of ``block`` and points their parameters into the resident buffers."""
+    modules = build_modules(session.spec, family, block)
+    in_order: list[nn.Module] = [modules.codebook, modules.stem, *modules.layers, modules.head]
+    stages = stages_of_block(session.spec, block)
+    resident.bind([(s, s.layout(session.shapes), module) for s, module in zip(stages, in_order, strict=True)])
+    return modules
+
+
+class Engine:
+    """Trains the blocks of a session on a device, within what the plan chose."""
+
+    def __init__(self, session: Session, device: Device, choice: Choice, objective: Objective) -> None:
+        self.session, self.device, self.objective = session, device, objective
+        self.spec = session.spec
+        self.family = build_family(self.spec)
+        self.optimizer = AdamW(self.spec.optimizer)
+        self.resident = Resident(device, largest_block(self.spec, session.shapes), choice.moments_resident)
+        self.activations = self._activations(choice.activations)
+        self.retries = 0
+
+    def _activations(self, kind: str) -> Activations:
+        if kind == "keep":
+            return Keep()
+        if kind == "recompute":
+            return Recompute()
+        tier = Tier.DISK if self.device.capabilities.host_addressable else Tier.HOST
+        return Offload(self.device, tier, self.resident.owns)
+
+    def warm_up(self) -> None:
+        """Touches the buffers and runs every operation of a step once, on the smallest micro-batch.
+
+        What an operation needs for itself (its code, tables, threads) is in memory afterwards, so that the limit can
+        be drawn around it. Nothing of the session changes.
+        """
+        self.resident.touch()
+        block = bind(self.resident, self.session, self.family, 0)
+        self.resident.load(self.session.store)
+        for activations in (Keep(), self.activations):
+            self._accumulate(block, self.session.progress(0).step, 1, 1, activations)
+        gradient = self.resident.flat_gradient()
+        torch.linalg.vector_norm(gradient).item()
+        gradient.zero_()
+        small = [torch.zeros(16, device=self.device.torch_device) for _ in range(4)]
+        self.optimizer.update(*small, update=1, lr=0.0, decays=True)
+        try:  # the code of the error path is read in now, not when memory is short
+            torch.empty(1 << 50, dtype=torch.uint8)
+        except RuntimeError as error:
+            is_out_of_memory(error)
+
+    def visit(
+        self, block: int, num_steps: int, on_step: Callable[[Step], None], stop: Callable[[], bool] = lambda: False
+    ) -> BlockProgress:
+        """Up to ``num_steps`` optimizer steps on ``block``, committed at the end and at least once a minute.
+
+        The last commit goes on in the background; ``store.flush`` waits for it.
+
+        Raises:
+            BudgetBroken: memory ran out and there was nothing left to give up.
+            TrainingDiverged: the loss is lost; what was committed before stays.
+            DiskError: a write failed; likewise.
+        """
+        store = self.session.store
+        group = group_of_block(self.spec, block)
+        store.flush()
+        transaction = store.transaction(group)
+        progress = self.session.progress(block)
+        modules = bind(self.resident, self.session, self.family, block)
+        self.resident.load(store)
+        bad_steps, last_commit, end = 0, time.monotonic(), progress.step + num_steps
+        try:
+            while progress.step < end and not stop():
+                if time.monotonic() - last_commit > _COMMIT_EVERY_S:
+                    transaction = self._commit(transaction, block, progress)
+                    last_commit = time.monotonic()
+                done = self._step(modules, transaction, progress)
+                if isinstance(done, BlockProgress):  # the micro-batch had to change: durable before it takes effect
+                    progress = done
+                    transaction = self._commit(transaction, block, progress)
+                    continue
+                skipped = progress.skipped if done.loss is not None else (*progress.skipped, done.step)
+                bad = done.loss is None or done.loss > _HOPELESS_LOSS * math.log(max(2, self.spec.model.num_classes))
+                bad_steps = bad_steps + 1 if bad else 0
+                if bad_steps >= _MAX_BAD_STEPS:
+                    raise TrainingDiverged(
+                        f"block {block} diverged: the loss of the last {bad_steps} steps, up to step {done.step}, was "
+                        + ("not finite" if done.loss is None else f"{done.loss:.4g} and the like"),
+                        f"Lower the learning rate, now {self.spec.optimizer.lr:g} (--set optimizer.lr=...), and "
+                        "start again: the session is as it was at its last commit.",
+                    )
+                progress = replace(
+                    progress, step=progress.step + 1, skipped=skipped, loss=progress.loss if bad else done.loss
+                )
+                on_step(done)
+            if progress != self.session.progress(block):
+                self.resident.save(transaction)
+                transaction.commit_async(self.session.group_state(block, progress))
+        finally:
+            transaction.discard()
+        return progress
+
+    def _commit(self, transaction: Transaction, block: int, progress: BlockProgress) -> Transaction:
+        """Commits in the midst of a visit, and begins the next transaction."""
+        if progress.step > self.session.progress(block).step:
+            self.resident.save(transaction)
+        transaction.commit(self.session.group_state(block, progress))
+        return self.session.store.transaction(group_of_block(self.spec, block))
+
+    def _step(self, block: Block, transaction: Transaction, progress: BlockProgress) -> Step | BlockProgress:
+        """One optimizer step; or, if only a smaller micro-batch fits, the progress with that noted and no step."""
+        began = time.perf_counter()
+        step = progress.step
+        micro_batch = progress.micro_batches[-1][1]
+        while True:
+            try:
+                loss = self._accumulate(block, step, self.spec.train.batch_size, micro_batch, self.activations)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)  # the exception itself would keep its frames' tensors alive
+            self.retries += 1
+            if isinstance(self.activations, Keep):
+                self.activations = Recompute()
+            elif micro_batch > 1:
+                return replace(progress, micro_batches=(*progress.micro_batches, (step, (micro_batch + 1) // 2)))
+            else:
+                raise BudgetBroken(
+                    f"memory ran out in step {step} of block {block.index} with one example at a time: {reason}",
+                    "Raise --memory-budget; the session is as it was at its last commit.",
+                )
+        gradient = self.resident.flat_gradient()
+        norm = torch.linalg.vector_norm(gradient).item() if math.isfinite(loss) else math.nan
+        if math.isfinite(norm):
+            if norm > self.spec.optimizer.clip:
+                gradient.mul_(self.spec.optimizer.clip / norm)
+            self.resident.update(self.optimizer, transaction, self._updates(block.index, progress))
+        lr = learning_rate(self.spec.optimizer, step, self.spec.train.steps)
+        return Step(block.index, step, loss if math.isfinite(norm) else None, norm, lr, time.perf_counter() - began)
+
+    def _accumulate(
+        self, block: Block, step: int, batch_size: int, micro_batch: int, activations: Activations
+    ) -> float:
+        """Gradients of a whole batch, split into micro-batches of consecutive examples; the mean loss.
+
+        Stops at the first loss that is not finite.
+        """
+        self.resident.flat_gradient().zero_()
+        total = 0.0
+        for first in range(0, batch_size, micro_batch):
+            draw = self._to_device(self.objective.draw(block.index, step, first, min(micro_batch, batch_size - first)))
+            loss = self.objective.loss(block, draw, activations)
+            total += loss.item()
+            if not math.isfinite(total):
+                break
+            loss.backward()
+        return total
+
+    def _to_device(self, draw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(array).to(self.device.torch_device) for name, array in draw.items()}
+
+    def _updates(self, block: int, progress: BlockProgress) -> Callable[[Stage, TensorSpec], Update]:
+        """How each parameter is updated in the step after ``progress``: a private or only block's own step decides,
+        for a stage that several blocks share the progress of all of them."""
+        total = self.spec.train.steps
+        own_lr = learning_rate(self.spec.optimizer, progress.step, total)
+        others = (self.session.progress(other) for other in range(self.spec.num_blocks) if other != block)
+        everywhere = [progress, *others] if self.spec.diffusion_blocks.has_shared else [progress]
+        all_lr = learning_rate(self.spec.optimizer, sum(p.step for p in everywhere), total * self.spec.num_blocks)
+        all_updates = sum(p.updates for p in everywhere)
+
+        def update(stage: Stage, tensor: TensorSpec) -> Update:
+            decays = self.family.decays(tensor.name, tensor.shape)
+            if stage.sharing == "shared":
+                return Update(all_lr, all_updates + 1, decays)
+            return Update(own_lr, progress.updates + 1, decays)
+
+        return update
