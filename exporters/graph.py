@@ -1,0 +1,178 @@
+"""A small builder of ONNX graphs: IR version 10, opset 20, weights that are named here and stored elsewhere.
+
+Values are their names. Every linear map is a 2-D ``Gemm(transB=1)`` on the weight as it is stored: a MatMul with a
+transposed weight would be folded when the model loads, into a copy of the weight that is no longer mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+
+IR_VERSION = 10
+OPSET = 20
+BATCH = "n"
+"""The name of the batch dimension."""
+
+
+class External(NamedTuple):
+    """Where the bytes of a weight are: a file beside the model's, and the range in it."""
+
+    location: str
+    offset: int
+    length: int
+
+
+class Graph:
+    """A graph under construction.
+
+    Args:
+        shapes: {name: shape} of the float32 weights that the graph may use.
+    """
+
+    def __init__(self, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
+        self._name = name
+        self._shapes = shapes
+        self._scope = ""
+        self._uses: dict[str, int] = {}
+        self._nodes: list[NodeProto] = []
+        self._constants: dict[str, NDArray[Any]] = {}
+        self._inputs: dict[str, tuple[int, ...]] = {}
+        self._outputs: dict[str, tuple[int, ...]] = {}
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Nodes made inside are called ``name/...``."""
+        outer, self._scope = self._scope, f"{self._scope}{name}/"
+        yield
+        self._scope = outer
+
+    def input(self, name: str, *shape: int) -> str:
+        """A float32 input (n, *shape)."""
+        self._inputs[name] = shape
+        return name
+
+    def output(self, name: str, value: str, *shape: int) -> None:
+        """Makes ``value`` (n, *shape) an output."""
+        self._outputs[name] = shape
+        self._nodes.append(_node("Identity", [value], [name], name))
+
+    def weight(self, name: str) -> str:
+        """A weight of ``shapes``.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        self._shapes[name]
+        return name
+
+    def floats(self, values: ArrayLike, name: str = "") -> str:
+        """A float32 constant; named after its content if that is short and it has no name."""
+        return self._constant(np.asarray(values, np.float32), name)
+
+    def ints(self, *values: int) -> str:
+        """A vector of int64: a shape, or axes."""
+        return self._constant(np.array(values, np.int64), "")
+
+    def _constant(self, array: NDArray[Any], name: str) -> str:
+        name = name or f"{array.dtype.name}{array.tolist()}"
+        self._constants[name] = array
+        return name
+
+    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """The one output of a new node."""
+        return self._add(kind, inputs, 1, attributes)[0]
+
+    def split(self, x: str, parts: int, axis: int) -> list[str]:
+        """Equal parts along an axis."""
+        return self._add("Split", [x], parts, {"axis": axis, "num_outputs": parts})
+
+    def _add(self, kind: str, inputs: Sequence[str], num_outputs: int, attributes: Mapping[str, Any]) -> list[str]:
+        name = f"{self._scope}{kind}"
+        self._uses[name] = self._uses.get(name, 0) + 1
+        if self._uses[name] > 1:
+            name = f"{name}_{self._uses[name]}"
+        outputs = [name] if num_outputs == 1 else [f"{name}.{i}" for i in range(num_outputs)]
+        self._nodes.append(_node(kind, inputs, outputs, name, **attributes))
+        return outputs
+
+    def reshape(self, x: str, *shape: int) -> str:
+        return self.op("Reshape", x, self.ints(*shape))
+
+    def linear(self, x: str, name: str, tokens: int = 0) -> str:
+        """``x @ NAME.weight.T + NAME.bias`` for x (n, in), or (n, tokens, in) where ``tokens`` is given."""
+        width_out, width_in = self._shapes[f"{name}.weight"]
+        if tokens:
+            x = self.reshape(x, -1, width_in)
+        y = self.op("Gemm", x, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"), transB=1)
+        return self.reshape(y, -1, tokens, width_out) if tokens else y
+
+    def weights(self) -> list[str]:
+        """The weights that the outputs depend on, in the order of their use."""
+        used = dict.fromkeys(value for node in self._needed() for value in node.input)
+        return [name for name in used if name in self._shapes]
+
+    def _needed(self) -> list[NodeProto]:
+        """The nodes that the outputs depend on, in order."""
+        wanted, needed = set(self._outputs), []
+        for node in reversed(self._nodes):
+            if not wanted.isdisjoint(node.output):
+                wanted.update(node.input)
+                needed.append(node)
+        return needed[::-1]
+
+    def model(self, metadata: Mapping[str, str], version: str, external: Mapping[str, External]) -> ModelProto:
+        """The model, without the nodes that no output needs.
+
+        Args:
+            metadata: becomes the model's properties.
+            version: of the producer, which is edgetrain.
+            external: where the weights are; those left out have to be added to the file.
+        """
+        from onnx import TensorProto, helper
+
+        nodes = self._needed()
+        used = {value for node in nodes for value in node.input}
+        constants = [
+            helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes(), raw=True)
+            for name, array in self._constants.items()
+            if name in used
+        ]
+        weights = [_external(name, self._shapes[name], external[name]) for name in self.weights() if name in external]
+        ends = [
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *shape]) for name, shape in tensors.items()]
+            for tensors in (self._inputs, self._outputs)
+        ]
+        model = helper.make_model(
+            helper.make_graph(nodes, self._name, ends[0], ends[1], [*constants, *weights]),
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            producer_name="edgetrain",
+            producer_version=version,
+        )
+        helper.set_model_props(model, dict(metadata))
+        return model
+
+
+def _node(kind: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> NodeProto:
+    from onnx import helper
+
+    return helper.make_node(kind, inputs, outputs, name, **attributes)
+
+
+def _external(name: str, shape: Sequence[int], place: External) -> TensorProto:
+    from onnx import TensorProto
+
+    tensor = TensorProto(
+        name=name, dims=shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL
+    )
+    for key, value in place._asdict().items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

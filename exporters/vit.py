@@ -1,0 +1,182 @@
+"""The vision transformer of ``edgetrain.models.vit`` as ONNX graphs; the same names and the same mathematics.
+
+Conditions are (m, ...) where m is n or 1: in the unrolled graph sigma is a constant, and what follows from it alone
+is computed once, when the model loads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from edgetrain.noise import euler_coefficients, time_frequencies
+from edgetrain.spec import Spec
+from edgetrain.stages import stages_of_block
+from exporters.graph import Graph
+
+_EPS = 1e-6  # of layer norm
+_TINY = 1e-12  # of torch's normalize
+
+Shapes = Mapping[str, Sequence[int]]
+"""{STAGE.TENSOR: shape}"""
+
+KeyValue = tuple[str, str]
+"""Keys (n, heads, width / heads, tokens) and values (n, heads, tokens, width / heads)."""
+
+
+def denoiser(spec: Spec, block: int, shapes: Shapes) -> Graph:
+    """One block: images (n, C, H, W), z (n, width), sigma (n,) -> logits (n, classes), denoised (n, width).
+
+    ``denoised`` is the mean of the unit codebook rows under the softmax of the logits: the D of the Euler step.
+    """
+    graph, width = Graph(f"block{block:02d}", shapes), spec.model.width
+    images, z, sigma = graph.input("images", *spec.model.image_shape), graph.input("z", width), graph.input("sigma")
+    logits, denoised = _Block(graph, spec, block).run(images, z, sigma)
+    graph.output("logits", logits, spec.model.num_classes)
+    graph.output("denoised", denoised, width)
+    return graph
+
+
+def chain(spec: Spec, shapes: Shapes) -> Graph:
+    """As many Euler steps as blocks, unrolled: images (n, C, H, W), unit normal noise (n, width) -> logits of the
+    last step and of the first, which is at sigma_max, each (n, classes)."""
+    graph, width, classes = Graph("chain", shapes), spec.model.width, spec.model.num_classes
+    images, noise = graph.input("images", *spec.model.image_shape), graph.input("noise", width)
+    schedule = spec.diffusion_blocks.noise
+    grid = schedule.grid(spec.num_blocks)
+    z = graph.op("Mul", noise, graph.floats(math.sqrt(1 + schedule.sigma_max**2)))
+    readouts = []
+    for step, (sigma, block) in enumerate(grid):
+        with graph.scope(f"step{step:02d}"):
+            logits, denoised = _Block(graph, spec, block).run(images, z, graph.floats([sigma]))
+            readouts.append(logits)
+            a, b = euler_coefficients(sigma, grid[step + 1][0] if step + 1 < len(grid) else 0.0)
+            kept, gained = graph.op("Mul", z, graph.floats(a)), graph.op("Mul", denoised, graph.floats(b))
+            z = graph.op("Add", kept, gained)
+    graph.output("logits", readouts[-1], classes)
+    graph.output("sigma_max_logits", readouts[0], classes)
+    return graph
+
+
+class _Block:
+    """Adds one block to a graph."""
+
+    def __init__(self, graph: Graph, spec: Spec, block: int) -> None:
+        self.graph = graph
+        self.spec = spec
+        self.codebook, self.stem, *self.layers, self.head = (stage.name for stage in stages_of_block(spec, block))
+
+    def run(self, images: str, z: str, sigma: str) -> tuple[str, str]:
+        """images (n, C, H, W), z (n, width), sigma (m,) -> logits (n, classes), denoised (n, width)."""
+        g = self.graph
+        sigma = g.op("Unsqueeze", sigma, g.ints(1))  # (m, 1)
+        norm = g.op("Add", g.op("Mul", sigma, sigma), g.floats(self.spec.sigma_data**2))
+        root = g.op("Sqrt", norm)
+        with g.scope(self.stem):
+            noisy = g.linear(g.op("Div", z, root), f"{self.stem}.noisy")  # c_in * z
+            noisy = g.op("Unsqueeze", noisy, g.ints(1))  # (n, 1, width)
+            condition = self._condition(sigma)  # (m, width)
+            clean = self._clean_tokens(images)  # (n, patches, width)
+        if self.spec.diffusion_blocks.streams == 1:
+            output = self._one_stream(g.op("Concat", noisy, clean, axis=1), condition)
+        else:
+            output = self._two_streams(clean, noisy, condition)
+        output = g.op("Gather", output, g.ints(0), axis=1)
+        output = g.reshape(output, -1, self.spec.model.width)  # F, (n, width)
+        if self.spec.diffusion_blocks.skip:
+            output = self._preconditioned(output, z, sigma, norm, root)
+        logits = self._logits(output, condition)
+        return logits, self._denoised(logits)
+
+    def _one_stream(self, tokens: str, condition: str) -> str:
+        for layer in self.layers:
+            tokens, _ = self._layer(layer, tokens, 1 + self.spec.model.num_patches, condition)
+        return tokens
+
+    def _two_streams(self, clean: str, noisy: str, condition: str) -> str:
+        """What no output needs, the rest of the clean stream after the last keys and values, the graph drops."""
+        g = self.graph
+        with g.scope(self.stem):
+            constant = self._silu(g.weight(f"{self.stem}.clean_condition"))
+            constant = g.op("Unsqueeze", constant, g.ints(0))  # (1, width)
+        for layer in self.layers:
+            with g.scope("clean"):
+                clean, seen = self._layer(layer, clean, self.spec.model.num_patches, constant)
+            with g.scope("noisy"):
+                noisy, _ = self._layer(layer, noisy, 1, condition, seen)
+        return noisy
+
+    def _clean_tokens(self, images: str) -> str:
+        """(n, C, H, W) -> (n, patches, width)."""
+        g, p = self.graph, self.spec.model.patch
+        channels, height, width = self.spec.model.image_shape
+        grid = g.reshape(images, -1, channels, height // p, p, width // p, p)
+        patches = g.op("Transpose", grid, perm=[0, 2, 4, 1, 3, 5])
+        patches = g.reshape(patches, -1, self.spec.model.num_patches, channels * p * p)
+        tokens = g.linear(patches, f"{self.stem}.patches", self.spec.model.num_patches)
+        return g.op("Add", tokens, g.weight(f"{self.stem}.positions"))
+
+    def _condition(self, sigma: str) -> str:
+        """sigma (m, 1) -> SiLU of the condition, (m, width)."""
+        g = self.graph
+        c_noise = g.op("Div", g.op("Log", sigma), g.floats(4.0))
+        angles = g.op("Mul", c_noise, g.floats(time_frequencies(), "time_frequencies"))
+        features = g.op("Concat", g.op("Sin", angles), g.op("Cos", angles), axis=1)
+        hidden = self._silu(g.linear(features, f"{self.stem}.time_in"))
+        return self._silu(g.linear(hidden, f"{self.stem}.time_out"))
+
+    def _layer(
+        self, layer: str, x: str, tokens: int, condition: str, seen: KeyValue | None = None
+    ) -> tuple[str, KeyValue]:
+        """x (n, tokens, width) -> the new tokens, and the keys and values of x. ``seen`` is attended to as well."""
+        g, model = self.graph, self.spec.model
+        with g.scope(layer):
+            modulation = g.op("Unsqueeze", g.linear(condition, f"{layer}.modulation"), g.ints(1))  # (m, 1, 6 width)
+            shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2)
+            qkv = g.split(g.linear(self._modulate(x, shift1, scale1), f"{layer}.qkv", tokens), 3, 2)
+            q, k, v = (g.reshape(part, -1, tokens, model.heads, model.width // model.heads) for part in qkv)
+            q = g.op("Transpose", q, perm=[0, 2, 1, 3])
+            k = g.op("Transpose", k, perm=[0, 2, 3, 1])
+            v = g.op("Transpose", v, perm=[0, 2, 1, 3])
+            own = (k, v)
+            if seen is not None:
+                k, v = g.op("Concat", seen[0], k, axis=3), g.op("Concat", seen[1], v, axis=2)
+            q = g.op("Mul", q, g.floats((model.width // model.heads) ** -0.5))
+            scores = g.op("Softmax", g.op("MatMul", q, k), axis=-1)  # (n, heads, tokens, all tokens)
+            mixed = g.op("Transpose", g.op("MatMul", scores, v), perm=[0, 2, 1, 3])
+            mixed = g.linear(g.reshape(mixed, -1, tokens, model.width), f"{layer}.out", tokens)
+            x = g.op("Add", x, g.op("Mul", gate1, mixed))
+            hidden = g.linear(self._modulate(x, shift2, scale2), f"{layer}.up", tokens)
+            hidden = g.linear(g.op("Gelu", hidden, approximate="tanh"), f"{layer}.down", tokens)
+            return g.op("Add", x, g.op("Mul", gate2, hidden)), own
+
+    def _preconditioned(self, output: str, z: str, sigma: str, norm: str, root: str) -> str:
+        """D = c_skip z + c_out F."""
+        g, sigma_data = self.graph, self.spec.sigma_data
+        c_skip = g.op("Div", g.floats(sigma_data**2), norm)
+        c_out = g.op("Div", g.op("Mul", sigma, g.floats(sigma_data)), root)
+        return g.op("Add", g.op("Mul", c_skip, z), g.op("Mul", c_out, output))
+
+    def _logits(self, output: str, condition: str) -> str:
+        g = self.graph
+        with g.scope(self.head):
+            shift, scale = g.split(g.linear(condition, f"{self.head}.modulation"), 2, 1)
+            return g.linear(self._modulate(output, shift, scale), f"{self.head}.readout")
+
+    def _denoised(self, logits: str) -> str:
+        """The mean of the unit codebook rows (classes, width) under the softmax of the logits."""
+        g = self.graph
+        with g.scope(self.codebook):
+            rows = g.weight(f"{self.codebook}.rows")
+            length = g.op("Max", g.op("ReduceL2", rows, g.ints(1), keepdims=1), g.floats(_TINY))
+            return g.op("MatMul", g.op("Softmax", logits, axis=1), g.op("Div", rows, length))
+
+    def _modulate(self, x: str, shift: str, scale: str) -> str:
+        """Layer norm without parameters of its own, then the condition's shift and scale."""
+        g = self.graph
+        ones = g.floats([1.0] * self.spec.model.width, "ones")
+        normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=_EPS)
+        return g.op("Add", g.op("Mul", normed, g.op("Add", scale, g.floats(1.0))), shift)
+
+    def _silu(self, x: str) -> str:
+        return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))

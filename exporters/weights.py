@@ -1,0 +1,200 @@
+"""The weights of a session on their way into an export: streamed from the slots through one small buffer.
+
+Two places for them: a safetensors file that the graphs point into, or the model's own file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgetrain.errors import UsageError
+from edgetrain.session import Session
+from edgetrain.stages import stages_of_block
+from edgetrain.store import disk
+from edgetrain.store.layout import SECTION_ALIGNMENT, align
+from edgetrain.units import format_bytes
+from exporters.graph import External
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+
+FORMAT = "edgetrain.weights"
+MAX_MODEL_BYTES = 2**31 - 1
+"""What a protobuf message can hold."""
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A float32 tensor of the session, by the name it has in an export: STAGE.TENSOR."""
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    stage: str
+    role: str
+    offset: int
+    """Of the first byte, in the section of the stage's role."""
+
+
+class Weights:
+    """All weights of a session, as committed when it was opened; what several blocks share is there once."""
+
+    def __init__(self, session: Session) -> None:
+        self._store = session.store
+        self._buffer = memoryview(bytearray(_CHUNK_BYTES))
+        self._weights: dict[str, Weight] = {}
+        stages = {s.name: s for block in range(session.spec.num_blocks) for s in stages_of_block(session.spec, block)}
+        for stage in stages.values():
+            layout, role = stage.layout(session.shapes), "weight" if stage.trained else "frozen"
+            for tensor in layout.tensors:
+                name, offset = f"{stage.name}.{tensor.name}", layout.offset(role, tensor.name)
+                self._weights[name] = Weight(name, tensor.shape, tensor.nbytes, stage.name, role, offset)
+
+    @property
+    def shapes(self) -> dict[str, Sequence[int]]:
+        return {name: weight.shape for name, weight in self._weights.items()}
+
+    def __getitem__(self, name: str) -> Weight:
+        return self._weights[name]
+
+    def chunks(self, weight: Weight) -> Iterator[memoryview]:
+        """The bytes in order; each chunk is gone when the next one is asked for."""
+        for done in range(0, weight.nbytes, _CHUNK_BYTES):
+            chunk = self._buffer[: weight.nbytes - done]
+            self._store.read(weight.stage, weight.role, chunk, weight.offset + done)
+            yield chunk
+
+
+class Output:
+    """A file written from start to end, its size and SHA-256 known at the end."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        disk.write_fully(self._fd, memoryview(data), self.num_bytes)
+        disk.start_write_out(self._fd, self.num_bytes, len(data))
+        self._digest.update(data)
+        self.num_bytes += len(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def writing(path: Path, expected_bytes: int = 0) -> Iterator[Output]:
+    """A new file; errors of the disk are explained, with ``expected_bytes`` as what was needed."""
+    with disk.opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, expected_bytes) as fd:
+        yield Output(fd)
+
+
+def write_safetensors(path: Path, weights: Weights, names: Iterable[str]) -> tuple[Output, dict[str, External]]:
+    """A safetensors file of the weights, each at a multiple of the page size so that a runtime can map it.
+
+    The format allows no gaps: padding is tensors too, called ``pad.0``, ``pad.1``, ... as in the slots.
+
+    Returns:
+        The finished file, and the place of each weight in it.
+    """
+    header, offsets, end = _safetensors_header([weights[name] for name in names])
+    with writing(path, end) as out:
+        out.write(header)
+        for name, offset in offsets.items():
+            out.write(bytes(offset - out.num_bytes))
+            for chunk in weights.chunks(weights[name]):
+                out.write(chunk)
+        out.write(bytes(end - out.num_bytes))
+    return out, {name: External(path.name, offset, weights[name].nbytes) for name, offset in offsets.items()}
+
+
+def _safetensors_header(weights: Sequence[Weight]) -> tuple[bytes, dict[str, int], int]:
+    """The first bytes of the file, the position in it of each weight, and its size."""
+    content: dict[str, object] = {"__metadata__": {"format": FORMAT, "version": "1"}}
+    begins, end = {}, 0
+    for number, weight in enumerate(weights):
+        begins[weight.name], end = end, end + weight.nbytes
+        entry = {"dtype": "F32", "shape": weight.shape, "data_offsets": (end - weight.nbytes, end)}
+        content[weight.name] = entry
+        if padding := align(end, SECTION_ALIGNMENT) - end:
+            entry = {"dtype": "U8", "shape": (padding,), "data_offsets": (end, end + padding)}
+            content[f"pad.{number}"] = entry
+            end += padding
+    text = json.dumps(content, separators=(",", ":")).encode()
+    start = align(8 + len(text), SECTION_ALIGNMENT)
+    header = (start - 8).to_bytes(8, "little") + text.ljust(start - 8)
+    return header, {name: start + begin for name, begin in begins.items()}, start + end
+
+
+def write_model(path: Path, model: ModelProto, weights: Weights, names: Iterable[str]) -> tuple[Output, dict[str, External]]:
+    """A model's file with the weights inside, which are added to those that ``model`` holds already.
+
+    Protobuf writes fields in any order: the graph comes last, its initializers last in it, each with its bytes last.
+    So all lengths are known beforehand, and no weight is ever held in memory.
+
+    Returns:
+        The finished file, and the place of each weight in it.
+
+    Raises:
+        UsageError: it would be larger than a protobuf message can be.
+    """
+    from onnx import GraphProto, ModelProto, TensorProto
+
+    tensors = [(weights[name], _tensor_start(weights[name])) for name in names]
+    fields = [
+        _field(GraphProto.INITIALIZER_FIELD_NUMBER, len(start) + weight.nbytes) + start for weight, start in tensors
+    ]
+    graph = model.graph.SerializeToString()
+    graph_bytes = len(graph) + sum(map(len, fields)) + sum(weight.nbytes for weight, _ in tensors)
+    rest = ModelProto()
+    rest.CopyFrom(model)
+    rest.ClearField("graph")
+    head = rest.SerializeToString() + _field(ModelProto.GRAPH_FIELD_NUMBER, graph_bytes)
+    if len(head) + graph_bytes > MAX_MODEL_BYTES:
+        raise UsageError(
+            f"a single file would have {format_bytes(len(head) + graph_bytes)}, "
+            f"more than the {format_bytes(MAX_MODEL_BYTES)} that ONNX allows",
+            "Export without --single-file: one graph for each block, and the weights in a file of their own.",
+        )
+    places = {}
+    with writing(path, len(head) + graph_bytes) as out:
+        out.write(head + graph)
+        for (weight, _), field in zip(tensors, fields, strict=True):
+            out.write(field)
+            places[weight.name] = External(path.name, out.num_bytes, weight.nbytes)
+            for chunk in weights.chunks(weight):
+                out.write(chunk)
+    return out, places
+
+
+def _tensor_start(weight: Weight) -> bytes:
+    """A serialised TensorProto up to the first byte of its data."""
+    from onnx import TensorProto
+
+    tensor: TensorProto = TensorProto(name=weight.name, dims=weight.shape, data_type=TensorProto.FLOAT)
+    return tensor.SerializeToString() + _field(TensorProto.RAW_DATA_FIELD_NUMBER, weight.nbytes)
+
+
+def _field(number: int, num_bytes: int) -> bytes:
+    """What protobuf writes before a field of ``num_bytes`` bytes (wire type 2)."""
+    return _varint(number << 3 | 2) + _varint(num_bytes)
+
+
+def _varint(value: int) -> bytes:
+    """Base 128, lowest digit first, the top bit set on all but the last."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
