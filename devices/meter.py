@@ -188,3 +188,12 @@ class TreeMeter(_Sampler):
                 total += measured.resident_bytes
                 self.high_water_bytes[pid] = max(self.high_water_bytes.get(pid, 0), measured.peak_bytes)
         self.peak_bytes = max(self.peak_bytes, total)
+
+
+def reset_peak() -> bool:
+    """Let this process's ``peak_bytes`` start anew at what is resident now; False where the system cannot."""
+    try:
+        _PROC.joinpath("self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -28,7 +28,7 @@ from edgetrain.plan import Choice
 from edgetrain.resident import Resident, Update
 from edgetrain.session import BlockProgress, Session
 from edgetrain.spec import Spec
-from edgetrain.stages import Stage, group_of_block, largest_block, stages_of_block
+from edgetrain.stages import Shapes, Stage, group_of_block, largest_block, stages_of_block
 from edgetrain.store import Transaction
 from edgetrain.store.layout import TensorSpec
 
@@ -62,12 +62,12 @@ def build_modules(spec: Spec, family: Family, block: int) -> Block:
         )
 
 
-def bind(resident: Resident, session: Session, family: Family, block: int) -> Block:
+def bind(resident: Resident, spec: Spec, shapes: Shapes, family: Family, block: int) -> Block:
     """Builds the modules of ``block`` and points their parameters into the resident buffers."""
-    modules = build_modules(session.spec, family, block)
+    modules = build_modules(spec, family, block)
     in_order: list[nn.Module] = [modules.codebook, modules.stem, *modules.layers, modules.head]
-    stages = stages_of_block(session.spec, block)
-    resident.bind([(s, s.layout(session.shapes), module) for s, module in zip(stages, in_order, strict=True)])
+    stages = stages_of_block(spec, block)
+    resident.bind([(s, s.layout(shapes), module) for s, module in zip(stages, in_order, strict=True)])
     return modules
 
 
@@ -98,7 +98,7 @@ class Engine:
         be drawn around it. Nothing of the session changes.
         """
         self.resident.touch()
-        block = bind(self.resident, self.session, self.family, 0)
+        block = bind(self.resident, self.spec, self.session.shapes, self.family, 0)
         self.resident.load(self.session.store)
         for activations in (Keep(), self.activations):
             self._accumulate(block, self.session.progress(0).step, 1, 1, activations)
@@ -129,7 +129,7 @@ class Engine:
         store.flush()
         transaction = store.transaction(group)
         progress = self.session.progress(block)
-        modules = bind(self.resident, self.session, self.family, block)
+        modules = bind(self.resident, self.spec, self.session.shapes, self.family, block)
         self.resident.load(store)
         bad_steps, last_commit, end = 0, time.monotonic(), progress.step + num_steps
         try:

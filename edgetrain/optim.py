@@ -12,11 +12,6 @@ from torch import Tensor
 
 from edgetrain.spec import OptimizerSpec
 
-# Parameters are updated in pieces of this many elements, whether their moments are resident or streamed piece by piece:
-# a vectorised kernel may round a piece's tail otherwise than its body.
-CHUNK_ELEMENTS = 1 << 20
-
-
 def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
     """Of optimizer step ``step`` (from 0) out of ``total``: linear warm-up, then cosine to ``final_lr`` of the peak."""
     warmup = max(1, round(spec.warmup * total))

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from devices import Buffer, Device, Tier
-from edgetrain.optim import CHUNK_ELEMENTS, AdamW
+from edgetrain.optim import AdamW
+from edgetrain.pieces import ITEM_BYTES, Piece, buffer_bytes, pieces
 from edgetrain.stages import Stage
 from edgetrain.store import Store, Transaction
 from edgetrain.store.layout import StageLayout, TensorSpec
-
-_ITEM_BYTES = 4
 
 Move = Callable[[str, str, memoryview, int], None]
 """``read`` or ``write`` of a store or transaction: (stage, role, bytes, offset)."""
@@ -38,40 +36,6 @@ class Member:
     @property
     def role(self) -> str:
         return "weight" if self.stage.trained else "frozen"
-
-
-class Piece(NamedTuple):
-    """Part of a trained tensor that one call of the optimizer updates; ``offset`` is in the section, in bytes, and
-    ``stored_bytes`` reach to where the next piece begins: padding goes with the piece before it."""
-
-    tensor: TensorSpec
-    first: int
-    num_elements: int
-    offset: int
-    stored_bytes: int
-
-
-def pieces(layout: StageLayout) -> list[Piece]:
-    """The whole section of a role in pieces, equal on every run."""
-    starts = [
-        (tensor, first, layout.offset("weight", tensor.name) + first * _ITEM_BYTES)
-        for tensor in layout.tensors
-        for first in range(0, tensor.nbytes // _ITEM_BYTES, CHUNK_ELEMENTS)
-    ]
-    ends = [offset for _, _, offset in starts[1:]] + [layout.section_bytes("weight")]
-    return [
-        Piece(tensor, first, min(CHUNK_ELEMENTS, tensor.nbytes // _ITEM_BYTES - first), offset, end - offset)
-        for (tensor, first, offset), end in zip(starts, ends, strict=True)
-    ]
-
-
-def buffer_bytes(layouts: Sequence[StageLayout], moments_resident: bool) -> dict[str, int]:
-    """Bytes of each buffer that the stages of one block need, by owner."""
-    trained = sum(layout.section_bytes("weight") for layout in layouts if layout.trained)
-    frozen = sum(layout.section_bytes("frozen") for layout in layouts if not layout.trained)
-    slice_bytes = max((piece.stored_bytes for layout in layouts if layout.trained for piece in pieces(layout)), default=0)
-    moments = 2 * (trained if moments_resident else slice_bytes)
-    return {"weights": trained, "gradients": trained, "moments": moments, "frozen": frozen}
 
 
 @dataclass(frozen=True)
@@ -139,7 +103,7 @@ class Resident:
         """All gradients of the bound block, padding (always zero) included, (elements,)."""
         last = [member for member in self.members if member.stage.trained][-1]
         nbytes = last.offset + last.layout.section_bytes(last.role)
-        return self.gradients.tensor(torch.float32, 0, (nbytes // _ITEM_BYTES,))
+        return self.gradients.tensor(torch.float32, 0, (nbytes // ITEM_BYTES,))
 
     def load(self, store: Store) -> None:
         """Read the bound stages' current slots."""

@@ -1,0 +1,238 @@
+"""The plan: memory by owner, predicted before any work, and the choices that follow from it. No torch here.
+
+A probe (``edgetrain.probe``, a process of its own, cached by what it depends on) measures what a step of one and of two
+layers needs at two micro-batches. Bytes and seconds are linear in both: four numbers predict every depth and batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edgetrain import __version__
+from edgetrain.errors import BudgetInfeasible, EdgetrainError
+from edgetrain.pieces import buffer_bytes
+from edgetrain.spec import Spec, to_toml
+from edgetrain.stages import Shapes, frozen, groups, largest_block
+from edgetrain.units import MIB, format_bytes
+
+ACTIVATIONS = ("keep", "recompute", "offload")
+
+# Kept free between the predicted peak and the budget: the limit leaves 8.5 MiB for file pages that may yet be read in,
+# of which training uses some 4, and a fit has an error.
+_MARGIN_BYTES = 6 * MIB
+_MARGIN_OF_ACTIVATIONS = 0.015
+_CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the plan decides. Only the micro-batch touches a bit of the result; it is fixed at creation."""
+
+    micro_batch: int
+    activations: str
+    moments_resident: bool
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A quantity as ``base + per_example * micro_batch + layers * (per_layer + per_layer_example * micro_batch)``."""
+
+    base: float
+    per_example: float
+    per_layer: float
+    per_layer_example: float
+
+    def at(self, layers: int, micro_batch: int) -> float:
+        rest = self.per_layer + self.per_layer_example * micro_batch
+        return max(0.0, self.base + self.per_example * micro_batch + layers * rest)
+
+    @classmethod
+    def through(cls, small: int, large: int, measured: Mapping[tuple[int, int], float]) -> Fit:
+        """From the values at 1 and 2 layers and at two micro-batches."""
+        slope = {n: (measured[n, large] - measured[n, small]) / (large - small) for n in (1, 2)}
+        start = {n: measured[n, small] - slope[n] * small for n in (1, 2)}
+        per_layer_example, per_layer = slope[2] - slope[1], start[2] - start[1]
+        return cls(start[1] - per_layer, slope[1] - per_layer_example, per_layer, per_layer_example)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was measured: the process's memory before any block, and steps by activations policy."""
+
+    shapes: Shapes
+    runtime_bytes: int
+    step_bytes: Mapping[str, Fit]
+    step_s: Mapping[str, Fit]
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Probe:
+        fits = {name: {kind: Fit(**fit) for kind, fit in value[name].items()} for name in ("step_bytes", "step_s")}
+        return cls(value["shapes"], value["runtime_bytes"], **fits)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``owners`` add up to ``peak_bytes``, the resident memory that training is predicted to reach."""
+
+    budget_bytes: int
+    peak_bytes: int
+    smallest_budget_bytes: int
+    owners: Mapping[str, int]
+    choice: Choice
+    step_s: float
+    session_bytes: int
+    visit_written_bytes: int
+    num_threads: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def make_plan(
+    spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, activations: str | None = None
+) -> Plan:
+    """The fastest way to train inside the budget.
+
+    Raises:
+        BudgetInfeasible: there is none; names the largest owner, the smallest budget, and what lowers it most.
+    """
+    candidates = list(_candidates(spec, probe, activations))
+    smallest = min(_needed_bytes(owners) for _, owners, _ in candidates)
+    fitting = [one for one in candidates if _needed_bytes(one[1]) <= budget_bytes]
+    if not fitting:
+        owners = min((owners for _, owners, _ in candidates), key=_needed_bytes)
+        largest = max(owners, key=lambda name: owners[name])
+        raise BudgetInfeasible(
+            f"{format_bytes(budget_bytes)} are too little: the least this training can do with is "
+            f"{-(-smallest // MIB)}MiB ({smallest} bytes), the largest part of it {largest} with "
+            f"{format_bytes(owners[largest])}",
+            f"Use --memory-budget {-(-smallest // MIB)}MiB" + _best_knob(spec, probe, activations, smallest),
+        )
+    # Equal times within a few per cent are noise: then the first, which splits and moves least.
+    fastest = min(seconds for _, _, seconds in fitting)
+    choice, owners, seconds = next(one for one in fitting if one[2] <= 1.03 * fastest)
+    trained = sum(t.section_bytes("weight") for t in largest_block(spec, probe.shapes) if t.trained)
+    return Plan(
+        budget_bytes=budget_bytes,
+        peak_bytes=sum(owners.values()),
+        smallest_budget_bytes=smallest,
+        owners=owners,
+        choice=choice,
+        step_s=seconds,
+        session_bytes=session_bytes(spec, probe.shapes),
+        visit_written_bytes=3 * trained,
+        num_threads=num_threads,
+    )
+
+
+def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[Choice, dict[str, int], float]]:
+    """(choice, bytes by owner, seconds a step) of every way to train, the one that splits and moves least first."""
+    layers = len(spec.layers_of(0))
+    layouts = largest_block(spec, probe.shapes)
+    batch_size = spec.train.batch_size
+    fixed = spec.train.micro_batch
+    for micro_batch in [fixed] if fixed else _splits(batch_size):
+        for kind in [forced] if forced else ACTIVATIONS:
+            for moments_resident in (True, False):
+                owners = {"runtime": probe.runtime_bytes, **buffer_bytes(layouts, moments_resident)}
+                owners["activations"] = round(probe.step_bytes[kind].at(layers, micro_batch))
+                fit = probe.step_s[kind]
+                pieces = -(-batch_size // micro_batch)
+                # Recomputing and offloading only add work, whatever noise the probe's clock had.
+                slower = max(1.0, fit.at(layers, micro_batch) / max(1e-9, probe.step_s["keep"].at(layers, micro_batch)))
+                keep = probe.step_s["keep"]
+                seconds = pieces * max(0.0, keep.base + layers * keep.per_layer) + batch_size * max(
+                    0.0, keep.per_example + layers * keep.per_layer_example
+                )
+                moved = 0 if moments_resident else 4 * owners["weights"]
+                yield Choice(micro_batch, kind, moments_resident), owners, seconds * slower + moved / _CACHED_BYTES_PER_S
+
+
+def _splits(batch_size: int) -> list[int]:
+    """Micro-batches that split a batch most evenly, largest first."""
+    sizes = (-(-batch_size // pieces) for pieces in range(1, batch_size + 1))
+    return list(dict.fromkeys(sizes))
+
+
+def _needed_bytes(owners: Mapping[str, int]) -> int:
+    return sum(owners.values()) + _MARGIN_BYTES + round(_MARGIN_OF_ACTIVATIONS * owners["activations"])
+
+
+def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int) -> str:
+    """The one setting that lowers the smallest budget most."""
+    knobs: dict[str, Spec] = {}
+    if spec.num_blocks < spec.model.depth:
+        method = replace(spec.diffusion_blocks, num_blocks=spec.model.depth)
+        knobs[f"diffusion_blocks.num_blocks={spec.model.depth}"] = replace(spec, diffusion_blocks=method)
+    if spec.train.micro_batch > 1:
+        knobs["train.micro_batch=1"] = replace(spec, train=replace(spec.train, micro_batch=1))
+    needed = {
+        text: min(_needed_bytes(owners) for _, owners, _ in _candidates(other, probe, activations))
+        for text, other in knobs.items()
+    }
+    text = min(needed, key=lambda name: needed[name], default=None)
+    if text is None or needed[text] >= smallest:
+        return ", or a smaller model.width."
+    return f", or --set {text}, with which {-(-needed[text] // MIB)}MiB will do."
+
+
+def session_bytes(spec: Spec, shapes: Shapes) -> int:
+    """What the session takes on disk: two slots of weights and moments of all that trains."""
+    trained = [stage.layout(shapes) for members in groups(spec).values() for stage in members]
+    total = sum(2 * layout.section_bytes(role.name) for layout in trained for role in layout.roles)
+    return total + sum(stage.layout(shapes).section_bytes("frozen") for stage in frozen(spec))
+
+
+def probe(spec: Spec, device: str, num_threads: int) -> Probe:
+    """Measures, in a child process, or takes the measurement from the cache.
+
+    Raises:
+        EdgetrainError: the child failed; its last words are passed on.
+    """
+    path = _cache_folder() / f"{_cache_key(spec, device, num_threads)}.json"
+    try:
+        return Probe.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    command: Sequence[str] = [sys.executable, "-m", "edgetrain.probe", device, str(num_threads)]
+    child = subprocess.run(command, input=to_toml(spec), capture_output=True, text=True, check=False)
+    if child.returncode != 0:
+        raise EdgetrainError(f"the probe failed with exit code {child.returncode}: {child.stderr.strip()[-500:]}")
+    value = json.loads(child.stdout)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        aside.write_text(json.dumps(value))
+        aside.replace(path)
+    except OSError:
+        pass  # a cache that cannot be written costs a probe at the next start, no more
+    return Probe.from_json(value)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgetrain"
+
+
+def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
+    """Of all that decides what a probe measures; the depth and the number of blocks do not."""
+    model, method = dataclasses.asdict(spec.model), dataclasses.asdict(spec.diffusion_blocks)
+    del model["depth"]
+    measured = {name: method[name] for name in ("streams", "skip", "auxiliary", "codebook", "stem", "head")}
+    machine = [platform.processor() or platform.machine(), platform.python_version(), os.cpu_count()]
+    versions = [__version__, metadata.version("torch"), metadata.version("numpy")]
+    key = [model, measured, dataclasses.asdict(spec.data), machine, versions, device, num_threads]
+    return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
+
+
+_PROBE_VERSION = 1

@@ -1,0 +1,133 @@
+"""Measures what a training step needs: run as a process of its own, ``python -m edgetrain.probe DEVICE THREADS``.
+
+Reads a spec (TOML) from standard input and prints a ``plan.Probe`` as JSON. The probe itself stays small: weights are
+never written, so they are the kernel's one page of zeros, and all gradients lie over each other in one buffer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+from devices import limits, meter
+from edgetrain.spec import Spec, resolve
+
+_SMALLEST_TENSOR_BYTES = 256 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
+
+
+def measure(spec: Spec, device_kind: str) -> dict[str, object]:
+    """The fields of a ``plan.Probe``."""
+    import numpy as np
+    import torch
+
+    import devices
+    from edgetrain.activations import Activations, Keep, Offload, Recompute
+    from edgetrain.data import Augmentation, Dataset, batch
+    from edgetrain.engine import bind, build_modules, warm_up_kernels
+    from edgetrain.models import build_family
+    from edgetrain.objectives.base import Block
+    from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+    from edgetrain.plan import ACTIVATIONS, Fit
+    from edgetrain.resident import Resident
+    from edgetrain.stages import largest_block
+
+    class Noise(Dataset):
+        """Images of the right size, so that reading a batch is measured too."""
+
+        def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images = np.zeros((len(indices), *self.image_shape), np.uint8)
+            return images, indices % self.num_classes
+
+    model = spec.model
+    data = Noise("noise", "train", 1 << 20, model.image_shape, tuple(map(str, range(model.num_classes))))
+    augmentation = Augmentation(spec.data.shift, spec.data.flip)
+    token_bytes = 4 * model.width * model.num_patches
+    small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
+    family = build_family(spec)
+    with tempfile.TemporaryDirectory() as scratch:
+        device = devices.open_device(device_kind, Path(scratch))
+        shapes: dict[str, dict[str, list[int]]] = {}
+        byte_points: dict[str, dict[tuple[int, int], float]] = {kind: {} for kind in ACTIVATIONS}
+        second_points: dict[str, dict[tuple[int, int], float]] = {kind: {} for kind in ACTIVATIONS}
+        for layers in (1, 2):
+            one = dataclasses.replace(
+                spec,
+                model=dataclasses.replace(model, depth=layers),
+                diffusion_blocks=dataclasses.replace(spec.diffusion_blocks, num_blocks=1),
+                train=dataclasses.replace(spec.train, batch_size=2 * small, micro_batch=0),
+            )
+            meta = build_modules(one, family, 0)
+            kinds = {"codebook": meta.codebook, "stem": meta.stem, "layer": meta.layers[0], "head": meta.head}
+            shapes = {kind: {n: list(p.shape) for n, p in m.named_parameters()} for kind, m in kinds.items()}
+            resident = Resident(device, largest_block(one, shapes), moments_resident=False)
+            block = bind(resident, one, shapes, family, 0)
+            _overlay_gradients(block)
+
+            def batches(index: int, step: int, first: int, count: int, size: int = 2 * small) -> tuple[object, object]:
+                return batch(
+                    data, seed=0, stage=index, step=step, batch_size=size, first=first, count=count,
+                    augmentation=augmentation,
+                )  # fmt: skip
+
+            objective = DiffusionBlocks(one, batches)
+            tier = devices.Tier.DISK if device.capabilities.host_addressable else devices.Tier.HOST
+            policies: dict[str, Activations] = {
+                "keep": Keep(),
+                "recompute": Recompute(),
+                "offload": Offload(device, tier, resident.owns),
+            }
+
+            def run(policy: Activations, micro_batch: int, objective: DiffusionBlocks = objective, block: Block = block) -> None:
+                draw = {k: torch.from_numpy(v).to(device.torch_device) for k, v in objective.draw(0, 0, 0, micro_batch).items()}
+                objective.loss(block, draw, policy).backward()
+
+            warm_up_kernels(device)
+            for kind, policy in policies.items():
+                for micro_batch in (small, 2 * small):
+                    run(policy, micro_batch)
+                    before = meter.usage().resident_bytes
+                    meter.reset_peak()
+                    began = time.perf_counter()
+                    run(policy, micro_batch)
+                    second_points[kind][layers, micro_batch] = time.perf_counter() - began
+                    byte_points[kind][layers, micro_batch] = meter.usage().peak_bytes - before
+        overlaid = max(math.prod(s) * 4 for tensors in shapes.values() for s in tensors.values())
+        runtime_bytes = meter.usage().resident_bytes - overlaid
+    return {
+        "shapes": shapes,
+        "runtime_bytes": runtime_bytes,
+        "step_bytes": {k: dataclasses.asdict(Fit.through(small, 2 * small, points)) for k, points in byte_points.items()},
+        "step_s": {k: dataclasses.asdict(Fit.through(small, 2 * small, points)) for k, points in second_points.items()},
+    }
+
+
+def _overlay_gradients(block: object) -> None:
+    """Lets every parameter's gradient be the same memory: their values do not matter here, their size does."""
+    import torch
+    from edgetrain.objectives.base import Block
+
+    assert isinstance(block, Block)
+    modules = [block.codebook, block.stem, *block.layers, block.head]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    shared = torch.zeros(max(p.numel() for p in parameters), device=parameters[0].device)
+    for parameter in parameters:
+        parameter.grad = shared[: parameter.numel()].view(parameter.shape)
+
+
+def main() -> None:
+    device, num_threads = sys.argv[1], int(sys.argv[2])
+    limits.prepare_process(num_threads)
+    import torch
+
+    torch.set_num_threads(num_threads)
+    print(json.dumps(measure(resolve(tomllib.loads(sys.stdin.read())), device)))
+
+
+if __name__ == "__main__":
+    main()
