@@ -27,7 +27,7 @@ from edgetrain.optim import AdamW, learning_rate
 from edgetrain.plan import Choice
 from edgetrain.resident import Resident, Update
 from edgetrain.session import BlockProgress, Session
-from edgetrain.spec import Spec
+from edgetrain.spec import OptimizerSpec, Spec
 from edgetrain.stages import Shapes, Stage, group_of_block, largest_block, stages_of_block
 from edgetrain.store import Transaction
 from edgetrain.store.layout import TensorSpec
@@ -71,6 +71,17 @@ def bind(resident: Resident, spec: Spec, shapes: Shapes, family: Family, block: 
     return modules
 
 
+def warm_up_kernels(device: Device) -> None:
+    """Runs what a step needs beside forward and backward once: the norm, the optimizer, a failing allocation."""
+    small = [torch.zeros(16, device=device.torch_device) for _ in range(4)]
+    torch.linalg.vector_norm(small[0]).item()
+    AdamW(OptimizerSpec()).update(*small, update=1, lr=0.0, decays=True)
+    try:  # the code of the error path is read in now, not when memory is short
+        torch.empty(1 << 50, dtype=torch.uint8)
+    except RuntimeError as error:
+        is_out_of_memory(error)
+
+
 class Engine:
     """Trains the blocks of a session on a device, within what the plan chose."""
 
@@ -102,15 +113,8 @@ class Engine:
         self.resident.load(self.session.store)
         for activations in (Keep(), self.activations):
             self._accumulate(block, self.session.progress(0).step, 1, 1, activations)
-        gradient = self.resident.flat_gradient()
-        torch.linalg.vector_norm(gradient).item()
-        gradient.zero_()
-        small = [torch.zeros(16, device=self.device.torch_device) for _ in range(4)]
-        self.optimizer.update(*small, update=1, lr=0.0, decays=True)
-        try:  # the code of the error path is read in now, not when memory is short
-            torch.empty(1 << 50, dtype=torch.uint8)
-        except RuntimeError as error:
-            is_out_of_memory(error)
+        self.resident.flat_gradient().zero_()
+        warm_up_kernels(self.device)
 
     def visit(
         self, block: int, num_steps: int, on_step: Callable[[Step], None], stop: Callable[[], bool] = lambda: False

@@ -48,16 +48,21 @@ class Update:
 
 
 class Resident:
-    """Buffers for one block at a time. ``layouts`` are those of the largest block.
+    """Buffers for one block at a time. ``layouts`` are those of the largest block; without ``trains``, weights alone.
 
     Raises:
         DeviceOutOfMemory: the device has no room for them.
     """
 
-    def __init__(self, device: Device, layouts: Sequence[StageLayout], moments_resident: bool) -> None:
+    def __init__(
+        self, device: Device, layouts: Sequence[StageLayout], moments_resident: bool, trains: bool = True
+    ) -> None:
         self.device = device
         self.moments_resident = moments_resident
+        self.trains = trains
         sizes = buffer_bytes(layouts, moments_resident)
+        if not trains:
+            sizes["gradients"] = sizes["moments"] = 0
         self.weights = device.buffer(sizes["weights"], Tier.DEVICE)
         self.gradients = device.buffer(sizes["gradients"], Tier.DEVICE)
         self.m = device.buffer(sizes["moments"] // 2, Tier.DEVICE)
@@ -80,8 +85,8 @@ class Resident:
             self.members.append(member)
             for tensor in layout.tensors:
                 owner, _, name = tensor.name.rpartition(".")
-                parameter = nn.Parameter(self._view(member, tensor), requires_grad=stage.trained)
-                if stage.trained:
+                parameter = nn.Parameter(self._view(member, tensor), requires_grad=self.trains and stage.trained)
+                if parameter.requires_grad:
                     parameter.grad = self._view(member, tensor, self.gradients)
                 setattr(module.get_submodule(owner), name, parameter)
 

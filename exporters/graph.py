@@ -141,7 +141,9 @@ class Graph:
         nodes = self._needed()
         used = {value for node in nodes for value in node.input}
         constants = [
-            helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes(), raw=True)
+            helper.make_tensor(
+                name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes(), raw=True
+            )
             for name, array in self._constants.items()
             if name in used
         ]
@@ -170,9 +172,7 @@ def _node(kind: str, inputs: Sequence[str], outputs: Sequence[str], name: str, *
 def _external(name: str, shape: Sequence[int], place: External) -> TensorProto:
     from onnx import TensorProto
 
-    tensor = TensorProto(
-        name=name, dims=shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL
-    )
+    tensor = TensorProto(name=name, dims=shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     for key, value in place._asdict().items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +136,9 @@ def _safetensors_header(weights: Sequence[Weight]) -> tuple[bytes, dict[str, int
     return header, {name: start + begin for name, begin in begins.items()}, start + end
 
 
-def write_model(path: Path, model: ModelProto, weights: Weights, names: Iterable[str]) -> tuple[Output, dict[str, External]]:
+def write_model(
+    path: Path, model: ModelProto, weights: Weights, names: Iterable[str]
+) -> tuple[Output, dict[str, External]]:
     """A model's file with the weights inside, which are added to those that ``model`` holds already.
 
     Protobuf writes fields in any order: the graph comes last, its initializers last in it, each with its bytes last.
@@ -148,7 +150,7 @@ def write_model(path: Path, model: ModelProto, weights: Weights, names: Iterable
     Raises:
         UsageError: it would be larger than a protobuf message can be.
     """
-    from onnx import GraphProto, ModelProto, TensorProto
+    from onnx import GraphProto, ModelProto
 
     tensors = [(weights[name], _tensor_start(weights[name])) for name in names]
     fields = [

@@ -1,0 +1,62 @@
+"""The command line: each command in a file of its own, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+import click
+
+from edgetrain import __version__
+from edgetrain.errors import INTERRUPTED_EXIT_CODE, EdgetrainError
+
+COMMANDS = ("devices", "recipes", "plan", "train", "status", "verify", "evaluate", "export", "predict")
+
+
+class Commands(click.Group):
+    """Finds commands by module, so that one is not slowed down by what another imports."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"edgetrain.cli.{name}").command
+        return command
+
+
+@click.command(cls=Commands)
+@click.version_option(__version__, prog_name="edgetrain")
+def main() -> None:
+    """Train transformers one block at a time, under a memory budget that holds.
+
+    \b
+    Example:
+      edgetrain train my-session --recipe vit-digits --memory-budget 350MiB
+      edgetrain export my-session --to my-model
+    """
+
+
+def run() -> None:
+    """The console script: errors become their text on stderr and their exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        main.main(standalone_mode=False)
+    except EdgetrainError as error:
+        _fail(type(error).__name__, error.message, error.hint, error.exit_code, as_json)
+    except click.UsageError as error:
+        hint = f"Try '{error.ctx.command_path} --help'." if error.ctx else ""
+        _fail("UsageError", error.format_message(), hint, 2, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("Interrupted", "interrupted", "", INTERRUPTED_EXIT_CODE, as_json)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+
+
+def _fail(kind: str, message: str, hint: str, exit_code: int, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({"error": kind, "message": message, "hint": hint, "exit_code": exit_code}))
+    click.echo(f"edgetrain: {message}" + (f"\n{hint}" if hint else ""), err=True)
+    sys.exit(exit_code)

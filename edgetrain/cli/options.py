@@ -1,0 +1,108 @@
+"""What several commands share: option types and the start of a command that computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgetrain.errors import EdgetrainError, UsageError
+from edgetrain.units import parse_bytes
+
+if TYPE_CHECKING:
+    from edgetrain.data import Dataset
+    from edgetrain.session import Session
+    from edgetrain.spec import Spec
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class ByteSize(click.ParamType[int]):
+    """A size such as 350MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_bytes(value)
+        except EdgetrainError as error:
+            self.fail(str(error), param, ctx)
+
+
+SESSION = click.argument("session", type=click.Path(path_type=Path, file_okay=False))
+JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+BUDGET = click.option("--memory-budget", "budget", type=ByteSize(), help="Most resident memory, as in 350MiB.")
+DATA = click.option("--data", help="The data: a path, or 'digits' for the embedded set.")
+DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, jetson, mps, emulated or auto.")
+THREADS = click.option(
+    "--threads", type=click.IntRange(1), default=lambda: len(os.sched_getaffinity(0)), help="CPU threads.  [all cores]"
+)
+RECIPE = click.option("--recipe", help="A built-in recipe (see 'edgetrain recipes') or a TOML file.")
+SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
+ACTIVATIONS = click.option(
+    "--activations", type=click.Choice(["keep", "recompute", "offload"]), help="Force what becomes of activations."
+)
+
+
+def emit(value: Mapping[str, Any], as_json: bool, text: Callable[[], str]) -> None:
+    """The result of a command, on stdout."""
+    click.echo(json.dumps(value) if as_json else text())
+
+
+def new_spec(recipe: str, data: str | None, steps: int | None, assignments: tuple[str, ...]) -> Spec:
+    """The spec of a recipe and the command's changes to it."""
+    from edgetrain.spec import load_recipe, parse_changes, resolve
+
+    changes = parse_changes(assignments)
+    if data is not None:
+        changes["data.source"] = data
+    if steps is not None:
+        changes["train.steps"] = steps
+    return resolve(load_recipe(recipe), changes)
+
+
+def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
+    """The data of a spec, and the spec with the shapes that the data decides."""
+    from edgetrain.data import open_dataset
+
+    dataset = open_dataset(spec.data.source, split, scratch)
+    known = (spec.model.image_shape, spec.model.num_classes)
+    if known != ((), 0) and known != (dataset.image_shape, dataset.num_classes):
+        from edgetrain.errors import BadInput
+
+        raise BadInput(
+            f"{spec.data.source} has {dataset.num_classes} classes of images {dataset.image_shape}, the session was "
+            f"made for {spec.model.num_classes} classes of {spec.model.image_shape}"
+        )
+    model = replace(spec.model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
+    return replace(spec, model=model), dataset
+
+
+def start_torch(num_threads: int) -> None:
+    """Imports torch the way that the limits rely on."""
+    from devices.limits import prepare_process
+
+    prepare_process(num_threads)
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def saved_budget(session: Session, budget: int | None) -> int:
+    """The budget named now, or the one of the latest training."""
+    plan = session.last_plan()
+    if budget is None and plan is None:
+        raise UsageError("no budget is known for this session yet", "Name one: --memory-budget 350MiB.")
+    return budget if budget is not None else int((plan or {})["budget_bytes"])
+
+
+def to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

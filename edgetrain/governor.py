@@ -1,0 +1,63 @@
+"""Makes the budget hold: the order of start-up, the limit on the process, and the watch over what it cannot bound.
+
+On Linux RLIMIT_DATA turns an excess into an allocation error, which the engine answers by doing with less; file-backed
+pages are outside of it, and a thread watches them. Elsewhere there is no such limit: plan and watch, and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from devices import limits, meter
+from edgetrain.errors import BudgetBroken
+from edgetrain.units import format_bytes
+
+
+class Governor:
+    """Watches one process under ``budget_bytes``. ``exceeded`` turns true, for good, when the budget was broken."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.exceeded = False
+
+    @contextmanager
+    def hold(self, needed_bytes: int = 0) -> Iterator[Governor]:
+        """The budget in force. To be entered when buffers are touched and every operation ran once.
+
+        Args:
+            needed_bytes: what must still be free to allocate.
+
+        Raises:
+            BudgetBroken: less than that is left.
+        """
+        # The monitor's thread and stack exist before the limit is drawn.
+        with meter.Monitor(self.budget_bytes, self._on_excess):
+            used = meter.usage()
+            if not limits.supported():
+                yield self
+                return
+            limit = limits.data_limit_for(self.budget_bytes, used)
+            if limit - used.data_bytes < needed_bytes:
+                raise BudgetBroken(
+                    f"{format_bytes(used.resident_bytes)} are in use before the first step, so the budget of "
+                    f"{format_bytes(self.budget_bytes)} leaves less than the {format_bytes(needed_bytes)} that one needs",
+                    "Raise --memory-budget a little.",
+                )
+            limits.set_data_limit(limit)
+            try:
+                yield self
+            finally:
+                limits.lift_data_limit()
+
+    def _on_excess(self) -> None:
+        self.exceeded = True
+
+    def check(self) -> None:
+        """Raises BudgetBroken if the budget was exceeded."""
+        if self.exceeded or meter.usage().peak_bytes > self.budget_bytes:
+            raise BudgetBroken(
+                f"resident memory reached {format_bytes(meter.usage().peak_bytes)}, over the budget of "
+                f"{format_bytes(self.budget_bytes)}; training stopped and what it had done is committed",
+                "Raise --memory-budget, and please report this: the plan should have refused.",
+            )

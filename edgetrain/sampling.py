@@ -1,0 +1,136 @@
+"""Reading a label out of trained blocks: the chain of Euler steps, and block 0 alone at sigma_max.
+
+One block is resident at a time: a chunk of examples passes all its steps of a block before the next block is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from devices import Device
+from edgetrain.data import Dataset, to_float
+from edgetrain.engine import bind
+from edgetrain.models import build_family
+from edgetrain.noise import euler_coefficients
+from edgetrain.objectives.base import Block
+from edgetrain.objectives.diffusion_blocks import enter, read_out
+from edgetrain.randomness import Purpose, Stream, normal
+from edgetrain.resident import Resident
+from edgetrain.session import Session
+from edgetrain.stages import largest_block
+
+_CHUNK_EXAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class Readout:
+    """``projection``: how logits become a state again, by expectation ("soft") or by the likeliest row ("hard");
+    ``draws``: how many noise draws are averaged, as probabilities. ``steps = 0`` stops at sigma_max."""
+
+    name: str
+    steps: int
+    projection: str = "soft"
+    draws: int = 1
+
+
+def readouts(num_blocks: int, steps: int | None, draws: int) -> list[Readout]:
+    """The readouts that ``evaluate`` reports; the chain comes first."""
+    n = steps or num_blocks
+    rows = [Readout("chain", n), Readout("chain-hard", n, "hard")]
+    if draws > 1:
+        rows += [
+            Readout(f"chain-mean{draws}", n, "soft", draws),
+            Readout(f"chain-hard-mean{draws}", n, "hard", draws),
+        ]
+    rows.append(Readout("sigma_max", 0))
+    if draws > 1:
+        rows.append(Readout(f"sigma_max-mean{draws}", 0, "soft", draws))
+    return rows
+
+
+def accuracies(
+    session: Session, device: Device, dataset: Dataset, rows: list[Readout], batch_size: int
+) -> dict[str, float]:
+    """Top-1 accuracy in per cent of each readout over the whole data set."""
+    correct = {row.name: 0 for row in rows}
+    sampler = Sampler(session, device, batch_size)
+    for start in range(0, dataset.num_examples, _CHUNK_EXAMPLES):
+        indices = np.arange(start, min(start + _CHUNK_EXAMPLES, dataset.num_examples))
+        images, labels = dataset.read(indices)
+        steps = max(row.steps for row in rows) or session.spec.num_blocks
+        for projection in dict.fromkeys(row.projection for row in rows):
+            mine = [row for row in rows if row.projection == projection]
+            draws = max(row.draws for row in mine)
+            first, last = sampler.probabilities(images, start, steps, projection, draws)
+            for row in mine:
+                found = (last if row.steps else first)[: row.draws].mean(0).argmax(1)
+                correct[row.name] += int((found == labels).sum())
+    return {name: 100.0 * count / dataset.num_examples for name, count in correct.items()}
+
+
+class Sampler:
+    """Denoises label embeddings with the blocks of a session."""
+
+    def __init__(self, session: Session, device: Device, batch_size: int) -> None:
+        self.session, self.device, self.batch_size = session, device, batch_size
+        self.spec = session.spec
+        self.family = build_family(self.spec)
+        layouts = largest_block(self.spec, session.shapes)
+        self.resident = Resident(device, layouts, moments_resident=False, trains=False)
+
+    @torch.no_grad()
+    def probabilities(
+        self, images: NDArray[np.uint8], first_example: int, num_steps: int, projection: str, draws: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Class probabilities (draws, n, classes) of the chain's first step, at sigma_max, and of its last.
+
+        Example i's noise is a function of the session's seed, i and the draw: the exported model draws the same.
+        """
+        spec, n = self.spec, len(images)
+        schedule = spec.diffusion_blocks.noise
+        grid = schedule.grid(num_steps)
+        scale = np.float32((1 + schedule.sigma_max**2) ** 0.5)
+        z = np.stack([
+            scale * normal(Stream(spec.train.seed, Purpose.EVALUATION_NOISE, 0, k), first_example, n, spec.model.width)
+            for k in range(draws)
+        ])  # (draws, n, width)
+        first = np.empty((draws, n, spec.model.num_classes), np.float32)
+        last = np.empty_like(first)
+        for index in dict.fromkeys(block for _, block in grid):
+            block = bind(self.resident, spec, self.session.shapes, self.family, index)
+            self.resident.load(self.session.store)
+            steps = [k for k, (_, owner) in enumerate(grid) if owner == index]
+            for part in self._batches(n):
+                x = torch.from_numpy(to_float(images[part])).to(self.device.torch_device)
+                for draw in range(draws):
+                    state = torch.from_numpy(z[draw, part]).to(self.device.torch_device)
+                    for k in steps:
+                        sigma = grid[k][0]
+                        logits = self._logits(block, x, state, sigma)
+                        probabilities = logits.softmax(1)
+                        if k == 0:
+                            first[draw, part] = probabilities.cpu().numpy()
+                        if k == num_steps - 1:
+                            last[draw, part] = probabilities.cpu().numpy()
+                        rows = block.codebook()
+                        denoised = probabilities @ rows if projection == "soft" else rows[logits.argmax(1)]
+                        a, b = euler_coefficients(sigma, grid[k + 1][0] if k + 1 < num_steps else 0.0)
+                        state = a * state + b * denoised
+                    z[draw, part] = state.cpu().numpy()
+        return first, last
+
+    def _logits(self, block: Block, images: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
+        sigmas = torch.full((len(z),), sigma, device=z.device)
+        boundary = enter(self.spec, block.stem, images, z, sigmas)
+        for layer in block.layers:
+            boundary = layer(boundary)
+        return read_out(self.spec, block.head, boundary, z, sigmas)
+
+    def _batches(self, n: int) -> Iterator[slice]:
+        for start in range(0, n, self.batch_size):
+            yield slice(start, min(start + self.batch_size, n))

@@ -1,0 +1,148 @@
+"""manifest.json of an export: what a host loop has to know to run it. Read without trust in what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edgetrain import __version__
+from edgetrain.errors import BadInput, EdgetrainError
+from edgetrain.noise import NoiseSchedule
+from edgetrain.randomness import Purpose
+from edgetrain.store.disk import replace_file
+
+FORMAT = "edgetrain.export"
+VERSION = 1
+MANIFEST = "manifest.json"
+MODEL = "model.onnx"
+WEIGHTS = "weights.safetensors"
+PREPROCESSING = "x/127.5-1"
+
+_MAX_BYTES = 16 << 20
+_MAX_BLOCKS = 1 << 12
+
+
+def block_file(block: int) -> str:
+    return f"block{block:02d}.onnx"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file of the export holds: its size, and the SHA-256 of its content in hex."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An export. ``single_file``: the default chain unrolled in model.onnx, instead of one graph for each block."""
+
+    family: str
+    digest: str
+    seed: int
+    single_file: bool
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    width: int
+    schedule: NoiseSchedule
+    files: Mapping[str, FileRecord]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def write(self, folder: Path) -> None:
+        """Writes it into ``folder``, durably, with what follows from it for readers that have no edgetrain."""
+        num_blocks = self.schedule.num_blocks
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "edgetrain": __version__,
+            **asdict(self),
+            "num_classes": self.num_classes,
+            "num_blocks": num_blocks,
+            "sigma_min": self.schedule.sigma_min,
+            "sigma_max": self.schedule.sigma_max,
+            "chain": [{"sigma": sigma, "block": block} for sigma, block in self.schedule.grid(num_blocks)],
+            "preprocessing": PREPROCESSING,
+            "noise": {"purpose": int(Purpose.EVALUATION_NOISE), "seed": self.seed, "scale": "sqrt(1 + sigma_max^2)"},
+        }
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Reads and checks the manifest and the sizes of the files that it names.
+
+        Raises:
+            BadInput: the folder is no export, or not a complete one, or of a newer version.
+        """
+        path = folder / MANIFEST
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise BadInput(f"{path} has {path.stat().st_size} bytes, more than any manifest")
+            content = json.loads(path.read_text())
+            found, version = content["format"], content["version"]
+        except OSError as error:
+            hint = "Make one: edgetrain export SESSION --to DIR."
+            raise BadInput(f"{folder} is no export: {path}: {error.strerror}", hint) from error
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
+            raise BadInput(f"{folder} is no export: {path} is damaged or something else: {error!r}") from error
+        if found != FORMAT or not isinstance(version, int):
+            raise BadInput(f"{folder} is no export: {path} has the format {found!r}")
+        if version > VERSION:
+            raise BadInput(f"{path} has format version {version}, newer than {VERSION}", "Install a newer edgetrain.")
+        try:
+            manifest = _parse(content)
+        except (KeyError, TypeError, ValueError, AttributeError, EdgetrainError) as error:
+            raise BadInput(f"{path} is damaged: {error!r}", "Export the session again.") from error
+        for name, record in manifest.files.items():
+            actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if actual != record.bytes:
+                size = "is missing" if actual is None else f"has {actual} bytes"
+                raise BadInput(f"{folder / name} {size}, expected {record.bytes} bytes", "Copy the whole folder again.")
+        return manifest
+
+
+def _parse(content: Mapping[str, Any]) -> Manifest:
+    """Raises one of many errors unless every field is of its type and the fields agree."""
+    schedule = content["schedule"]
+    parsed = Manifest(
+        family=_is(str, content["family"]),
+        digest=_is(str, content["digest"]),
+        seed=_is(int, content["seed"]),
+        single_file=_is(bool, content["single_file"]),
+        image_shape=tuple(_positive(size) for size in content["image_shape"]),  # type: ignore[arg-type]
+        class_names=tuple(_is(str, name) for name in content["class_names"]),
+        width=_positive(content["width"]),
+        schedule=NoiseSchedule(
+            _positive(schedule["num_blocks"]),
+            *(float(schedule[key]) for key in ("sigma_min", "sigma_max", "p_mean", "p_std", "overlap")),
+        ),
+        files={
+            _is(str, name): FileRecord(_is(int, record["bytes"]), _is(str, record["sha256"]))
+            for name, record in content["files"].items()
+        },
+    )
+    num_blocks = parsed.schedule.num_blocks
+    needed = {MODEL} if parsed.single_file else {WEIGHTS, *(block_file(i) for i in range(min(num_blocks, _MAX_BLOCKS)))}
+    if num_blocks > _MAX_BLOCKS or needed != parsed.files.keys():
+        raise ValueError(f"{num_blocks} blocks in the files {sorted(parsed.files)}")
+    if len(parsed.image_shape) != 3 or not parsed.class_names or not 0 <= parsed.seed < 2**63:
+        raise ValueError(f"images {parsed.image_shape}, {parsed.num_classes} classes, seed {parsed.seed}")
+    return parsed
+
+
+def _is(kind: type, value: Any) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def _positive(value: Any) -> int:
+    if _is(int, value) < 1:
+        raise ValueError(f"{value} is not positive")
+    return int(value)

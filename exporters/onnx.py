@@ -1,0 +1,211 @@
+"""A session as ONNX: emitted from its slots without torch, in the memory of one small buffer.
+
+with stage(session, to, single_file=False) as staged:
+    parity.check(session.path, staged.folder, budget_bytes)
+    export = staged.publish()
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from devices.meter import usage
+from edgetrain import __version__
+from edgetrain.data import open_dataset
+from edgetrain.errors import BadInput, DiskError, SessionLocked, UsageError
+from edgetrain.session import Session
+from edgetrain.store import disk
+from exporters import vit
+from exporters.manifest import MANIFEST, MODEL, PREPROCESSING, WEIGHTS, FileRecord, Manifest, block_file
+from exporters.parity import PARITY
+from exporters.weights import Weights, write_model, write_safetensors, writing
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+_CHECKED = "checked.onnx"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported. ``emit_peak_bytes``: the most that the process had resident when emission ended."""
+
+    files: tuple[Path, ...]
+    emit_peak_bytes: int
+
+
+class StagedExport:
+    """A complete export in ``folder``, a hidden one beside where it will be."""
+
+    def __init__(self, folder: Path, to: Path, emit_peak_bytes: int) -> None:
+        self.folder = folder
+        self.emit_peak_bytes = emit_peak_bytes
+        self._to = to
+
+    def publish(self) -> Export:
+        """Puts it in place, instead of an earlier export if there is one.
+
+        Raises:
+            UsageError: meanwhile there is something else in that place.
+        """
+        _check_replaceable(self._to)
+        earlier = _beside(self._to, "earlier")
+        with disk.disk_errors(self._to):
+            for path in self.folder.iterdir():
+                with disk.opened(path, os.O_RDONLY) as fd:
+                    disk.sync_data(fd)
+            disk.sync_folder(self.folder)
+            shutil.rmtree(earlier, ignore_errors=True)
+            if self._to.exists():
+                self._to.rename(earlier)
+            self.folder.rename(self._to)
+            disk.sync_folder(self._to.parent)
+            shutil.rmtree(earlier, ignore_errors=True)
+            return Export(tuple(sorted(self._to.iterdir())), self.emit_peak_bytes)
+
+
+@contextmanager
+def stage(session: Session, to: Path, single_file: bool) -> Iterator[StagedExport]:
+    """Emits the session, to be published at ``to``; what was not published by the end is deleted.
+
+    Args:
+        single_file: the default chain unrolled in one model.onnx, instead of one graph for each block.
+
+    Raises:
+        UsageError: ``to`` is something else than an earlier export, or a single file would be too large.
+        SessionLocked: another process is exporting to ``to``.
+        DiskError: the disk is full, read-only, or failed.
+    """
+    to = to.absolute()
+    _check_replaceable(to)
+    with _scratch_folder(to) as folder:
+        _emit(session, folder, single_file)
+        yield StagedExport(folder, to, usage().peak_bytes)
+
+
+def _check_replaceable(to: Path) -> None:
+    """Replacing ``to`` must lose nothing but an export."""
+    hint = "Name a new folder."
+    if to.is_symlink() or (to.exists() and not to.is_dir()):
+        raise UsageError(f"{to} is not a folder", hint)
+    present = {path.name for path in to.iterdir()} if to.exists() else set()
+    if not present:
+        return
+    try:
+        manifest = Manifest.read(to)
+    except BadInput as error:
+        raise UsageError(f"{to} is not empty and is no export that could be replaced: {error.message}", hint) from error
+    if others := sorted(present - {*manifest.files, MANIFEST, PARITY}):
+        raise UsageError(f"{to} is an export, but holds other files as well: {', '.join(others)}", hint)
+
+
+def _beside(to: Path, purpose: str) -> Path:
+    return to.with_name(f".{to.name}.{purpose}")
+
+
+@contextmanager
+def _scratch_folder(to: Path) -> Iterator[Path]:
+    """An empty folder beside ``to``, deleted at the end if it is still there. One left by a kill is swept up."""
+    folder = _beside(to, "partial")
+    with disk.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SessionLocked(f"another process is exporting to {to}") from error
+        try:
+            with disk.disk_errors(folder):
+                for left in folder.iterdir():
+                    left.unlink()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
+def _emit(session: Session, folder: Path, single_file: bool) -> None:
+    weights = Weights(session)
+    digest = session.store.digest()
+    files = _single(session, weights, folder, digest) if single_file else _blocks(session, weights, folder, digest)
+    spec = session.spec
+    Manifest(
+        family=spec.model.family,
+        digest=digest,
+        seed=spec.train.seed,
+        single_file=single_file,
+        image_shape=cast("tuple[int, int, int]", spec.model.image_shape),
+        class_names=_class_names(session),
+        width=spec.model.width,
+        schedule=spec.diffusion_blocks.noise,
+        files=files,
+    ).write(folder)
+
+
+def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
+    spec = session.spec
+    graphs = [vit.denoiser(spec, block, weights.shapes) for block in range(spec.num_blocks)]
+    used = dict.fromkeys(name for graph in graphs for name in graph.weights())
+    out, places = write_safetensors(folder / WEIGHTS, weights, used)
+    files = {WEIGHTS: FileRecord(out.num_bytes, out.sha256)}
+    for block, graph in enumerate(graphs):
+        low, high = spec.diffusion_blocks.noise.band(block)
+        properties = {"block": str(block), "sigma_low": repr(low), "sigma_high": repr(high)}
+        model = graph.model(_properties(session, digest) | properties, __version__, places)
+        files[block_file(block)] = _write_checked(folder / block_file(block), model)
+    return files
+
+
+def _single(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
+    graph, schedule = vit.chain(session.spec, weights.shapes), session.spec.diffusion_blocks.noise
+    properties = {
+        "blocks": str(schedule.num_blocks),
+        "sigma_low": repr(schedule.sigma_min),
+        "sigma_high": repr(schedule.sigma_max),
+        "noise_scale": repr(math.sqrt(1 + schedule.sigma_max**2)),
+    }
+    properties |= _properties(session, digest)
+    out, places = write_model(folder / MODEL, graph.model(properties, __version__, {}), weights, graph.weights())
+    # The checker would hold the whole file in memory: it gets a twin whose weights are elsewhere, in that very file.
+    _write_checked(folder / _CHECKED, graph.model(properties, __version__, places))
+    (folder / _CHECKED).unlink()
+    return {MODEL: FileRecord(out.num_bytes, out.sha256)}
+
+
+def _properties(session: Session, digest: str) -> dict[str, str]:
+    return {
+        "producer": f"edgetrain {__version__}",
+        "digest": digest,
+        "family": session.spec.model.family,
+        "preprocessing": PREPROCESSING,
+    }
+
+
+def _write_checked(path: Path, model: ModelProto) -> FileRecord:
+    from onnx import checker
+
+    data = model.SerializeToString()
+    with writing(path, len(data)) as out:
+        out.write(data)
+    checker.check_model(str(path), full_check=True)
+    return FileRecord(out.num_bytes, out.sha256)
+
+
+def _class_names(session: Session) -> tuple[str, ...]:
+    """The names that the data gives its classes; numbers if it isn't here, or isn't the same any more."""
+    numbers = tuple(map(str, range(session.spec.model.num_classes)))
+    try:
+        names = open_dataset(session.spec.data.source, "train", session.scratch).class_names
+    except (BadInput, DiskError):
+        return numbers
+    return names if len(names) == len(numbers) else numbers

@@ -1,0 +1,141 @@
+"""The process that computes the outputs of an export with torch, from the session, one stage in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.errors import SessionLocked
+from edgetrain.noise import euler_coefficients
+from edgetrain.session import Session
+from edgetrain.spec import Spec
+from edgetrain.stages import Stage, stages_of_block
+from exporters import parity
+from exporters.manifest import Manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Floats = NDArray[np.float32]
+Outputs = tuple[Floats, Floats]
+
+
+class Model:
+    """The trained model, run stage by stage on several batches."""
+
+    def __init__(self, session: Session) -> None:
+        from edgetrain.models.vit import ViT
+
+        self._session = session
+        self._family = ViT(session.spec)
+
+    def block(
+        self, block: int, images: Sequence[Floats], z: Sequence[Floats], sigma: Sequence[Floats]
+    ) -> list[Outputs]:
+        """(logits, denoised) of one block for each batch."""
+        import torch
+        import torch.nn.functional as F
+
+        from edgetrain.objectives.diffusion_blocks import enter, read_out
+
+        spec = self._session.spec
+        codebook, stem, *layers, head = stages_of_block(spec, block)
+        with torch.inference_mode():
+            images_, z_, sigma_ = ([torch.from_numpy(one) for one in batches] for batches in (images, z, sigma))
+            module = self._module(stem)
+            boundaries = [enter(spec, module, *batch) for batch in zip(images_, z_, sigma_, strict=True)]
+            for layer in layers:
+                module = self._module(layer)
+                boundaries = [module(boundary) for boundary in boundaries]
+            module, rows = self._module(head), self._module(codebook)()
+            logits = [read_out(spec, module, *ends) for ends in zip(boundaries, z_, sigma_, strict=True)]
+            return [(one.numpy(), (F.softmax(one, dim=1) @ rows).numpy()) for one in logits]
+
+    def chain(self, images: Sequence[Floats], noise: Sequence[Floats]) -> list[Outputs]:
+        """(logits, sigma_max_logits) of as many Euler steps as blocks, for each batch."""
+        schedule = self._session.spec.diffusion_blocks.noise
+        grid = schedule.grid(schedule.num_blocks)
+        states = [np.float32(math.sqrt(1 + schedule.sigma_max**2)) * one for one in noise]
+        readouts = []
+        for step, (sigma, block) in enumerate(grid):
+            sigmas = [np.full(len(one), sigma, np.float32) for one in images]
+            outputs = self.block(block, images, states, sigmas)
+            readouts.append([logits for logits, _ in outputs])
+            a, b = euler_coefficients(sigma, grid[step + 1][0] if step + 1 < len(grid) else 0.0)
+            states = [
+                np.float32(a) * z + np.float32(b) * denoised for z, (_, denoised) in zip(states, outputs, strict=True)
+            ]
+        return list(zip(readouts[-1], readouts[0], strict=True))
+
+    def _module(self, stage: Stage) -> nn.Module:
+        """The stage's module on its committed weights."""
+        import torch
+
+        layout, role = stage.layout(self._session.shapes), "weight" if stage.trained else "frozen"
+        section = torch.empty(layout.section_bytes(role), dtype=torch.uint8)
+        self._session.store.read(stage.name, role, section.numpy().data)
+        tensors: dict[str, Tensor] = {}
+        for tensor in layout.tensors:
+            start = layout.offset(role, tensor.name)
+            tensors[tensor.name] = section[start : start + tensor.nbytes].view(torch.float32).view(tensor.shape)
+        with torch.device("meta"):
+            module = self._build(stage)
+        module.load_state_dict(tensors, assign=True)
+        return module
+
+    def _build(self, stage: Stage) -> nn.Module:
+        from edgetrain.objectives.diffusion_blocks import Codebook
+
+        match stage.kind:
+            case "codebook":
+                return Codebook(self._session.spec.model.num_classes, self._session.spec.model.width)
+            case "stem":
+                return self._family.build_stem()
+            case "layer":
+                return self._family.build_layer()
+            case "head":
+                return self._family.build_head()
+
+
+def run(request: parity.Request) -> dict[str, Any]:
+    """Computes every case and leaves its outputs in ``request.work_path``."""
+    session, manifest = Session.open(request.session_path), Manifest.read(request.export_path)
+    if session.store.digest() != manifest.digest:
+        raise SessionLocked(f"{request.session_path} was trained on since it was exported", "Export it again.")
+    _warm_up(session.spec)
+    parity.limit_memory(request)
+    model = Model(session)
+    by_file: dict[str, list[tuple[int, dict[str, Floats]]]] = {}
+    for file, count, inputs in parity.cases(manifest):
+        by_file.setdefault(file, []).append((count, inputs))
+    for block, (file, batches) in enumerate(by_file.items()):
+        counts, inputs_of = zip(*batches, strict=True)
+        given = {name: [inputs[name] for inputs in inputs_of] for name in inputs_of[0]}
+        outputs = model.chain(**given) if manifest.single_file else model.block(block, **given)
+        for count, arrays in zip(counts, outputs, strict=True):
+            for name, array in zip(parity.OUTPUTS[manifest.single_file], arrays, strict=True):
+                np.save(parity.reference_path(request.work_path, file, count, name), array)
+    return {}
+
+
+def _warm_up(spec: Spec) -> None:
+    """Runs every operation once on a model of the same kind that is next to nothing, for the libraries' own pages."""
+    import torch
+
+    from edgetrain.models.vit import ViT
+    from edgetrain.objectives.diffusion_blocks import enter, read_out
+
+    small = replace(spec, model=replace(spec.model, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2))
+    family = ViT(small)
+    with torch.inference_mode():
+        z, sigma = torch.ones(2, 8), torch.ones(2)
+        boundary = enter(small, family.build_stem(), torch.ones(2, 1, 2, 2), z, sigma)
+        read_out(small, family.build_head(), family.build_layer()(boundary), z, sigma)
+    with contextlib.suppress(RuntimeError):  # on purpose: the code of the error path takes pages too
+        torch.empty(1 << 56, dtype=torch.uint8)
