@@ -85,7 +85,7 @@ class Session:
             DiskError: too little space (needed and free are named), or a read-only or failing disk.
         """
         marker = path / "session.creating"
-        if path.exists() and not marker.exists() and any(path.iterdir()):
+        if path.exists() and not marker.exists() and any(entry.name != "scratch" for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and is no session", "Name a new folder for the session.")
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,157 @@
+"""edgetrain train"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgetrain.cli import options
+from edgetrain.cli.display import Display
+from edgetrain.errors import INTERRUPTED_EXIT_CODE, UsageError
+
+
+@click.command("train")
+@options.SESSION
+@options.RECIPE
+@options.BUDGET
+@options.DATA
+@click.option("--steps", type=click.IntRange(1), help="Optimizer steps per block, of the whole session.")
+@click.option("--visits", type=click.IntRange(1), help="Make only this many visits now.")
+@click.option("--blocks", help="Train only these blocks now, as in 0,2.")
+@options.SET
+@options.ACTIVATIONS
+@options.DEVICE
+@options.THREADS
+@options.JSON
+def command(
+    session: Path,
+    recipe: str | None,
+    budget: int | None,
+    data: str | None,
+    steps: int | None,
+    visits: int | None,
+    blocks: str | None,
+    assignments: tuple[str, ...],
+    activations: str | None,
+    device: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Create SESSION from a recipe and train it, or resume it.
+
+    Ctrl-C commits and stops; a second one stops at once. Either way the same command goes on from there.
+
+    \b
+    Examples:
+      edgetrain train s --recipe vit-digits --memory-budget 350MiB
+      edgetrain train s                        # resume
+      edgetrain train s --blocks 0,2 --visits 4
+    """
+    stopping = _stop_on_signals()
+    from edgetrain import plan as planning
+    from edgetrain.session import Session
+    from edgetrain.spec import parse_changes, resolve
+    from edgetrain.store.disk import disk_errors
+    from edgetrain.training import create, train
+
+    found = Session.open(session) if Session.exists(session) else None
+    if found is None and recipe is None:
+        raise UsageError(f"{session} is no session yet", "Name a recipe to create it: --recipe vit-digits.")
+    if found is None:
+        if budget is None:
+            raise UsageError("a new session needs --memory-budget", "For example --memory-budget 350MiB.")
+        spec = options.new_spec(recipe or "", data, steps, assignments)
+    else:
+        changes = parse_changes(assignments)
+        changes |= {"data.source": data} if data is not None else {}
+        changes |= {"train.steps": steps} if steps is not None else {}
+        base: dict[str, Any] = _as_tables(found.spec)
+        if recipe is not None:
+            base = _with_recipe(base, recipe)
+        spec = resolve(base, changes)
+        budget = options.saved_budget(found, budget)
+    chosen = _blocks(blocks, spec.num_blocks)
+    with disk_errors(session):
+        (session / "scratch").mkdir(parents=True, exist_ok=True)
+    spec, dataset = options.open_data(spec, "train", session / "scratch")
+    measured = planning.probe(spec, device, threads)
+    if found is not None:
+        largest = max(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
+        current = replace(spec, train=replace(spec.train, micro_batch=largest))
+        plan = planning.make_plan(current, measured, budget, threads, activations)
+        found.change(spec)
+    else:
+        plan = planning.make_plan(spec, measured, budget, threads, activations)
+        spec = replace(spec, train=replace(spec.train, micro_batch=plan.choice.micro_batch))
+    options.start_torch(threads)
+    if found is None:
+        found = create(session, spec, measured)
+    with Display(plan, quiet=not sys.stderr.isatty()) as display:
+        summary = train(
+            found, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping
+        )
+    options.emit(summary, as_json, lambda: _text(summary))
+    if summary["status"] == "interrupted":
+        sys.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _stop_on_signals() -> Any:
+    """A function that tells whether Ctrl-C or a polite kill came. The second one ends the process at once."""
+    came = []
+
+    def handle(number: int, frame: object) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return lambda: bool(came)
+
+
+def _as_tables(spec: Any) -> dict[str, Any]:
+    import tomllib
+
+    from edgetrain.spec import to_toml
+
+    return tomllib.loads(to_toml(spec))
+
+
+def _with_recipe(tables: dict[str, Any], recipe: str) -> dict[str, Any]:
+    """What the session has, with the recipe's keys over it: they must agree, which ``Session.change`` checks."""
+    from edgetrain.spec import load_recipe
+
+    given = load_recipe(recipe)
+    given.get("data", {}).pop("source", None)
+    return {table: {**keys, **given.get(table, {})} for table, keys in tables.items()}
+
+
+def _blocks(text: str | None, num_blocks: int) -> list[int]:
+    if text is None:
+        return list(range(num_blocks))
+    try:
+        chosen = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise UsageError(f"--blocks {text!r} is no list of numbers", "Write it like 0,2.") from error
+    if any(not 0 <= block < num_blocks for block in chosen):
+        raise UsageError(f"--blocks {text}: there are blocks 0 to {num_blocks - 1}")
+    return chosen
+
+
+def _text(summary: dict[str, Any]) -> str:
+    from edgetrain.units import format_bytes, format_duration
+
+    loss = "no loss yet" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
+    return "\n".join([
+        f"{summary['session']}: {summary['status']}, step {summary['step']} of {summary['steps']} per block, {loss}, "
+        f"in {format_duration(summary['seconds'])}",
+        f"memory  peak {format_bytes(summary['peak_bytes'])}  plan {format_bytes(summary['plan_peak_bytes'])}  "
+        f"budget {format_bytes(summary['budget_bytes'])}",
+        f"disk    read {format_bytes(summary['bytes_read'])}  written {format_bytes(summary['bytes_written'])}",
+        f"digest  {summary['digest']}",
+    ])  # fmt: skip

@@ -1,0 +1,171 @@
+"""A training run from end to end: plan, create or resume, the visits in their order, and the summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devices import meter
+from edgetrain.data import Augmentation, Dataset, batch
+from edgetrain.plan import Plan, Probe
+from edgetrain.session import Session
+from edgetrain.spec import Spec
+from edgetrain.stages import Stage, group_of_block
+from edgetrain.store.layout import TensorSpec
+
+_LOG_EVERY_S = 1.0
+_OWN_STEP_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the display shows after a step."""
+
+    block: int
+    visit: int
+    step: int
+    steps: int
+    loss: float | None
+    images_per_s: float
+    done_steps: int
+    all_steps: int
+    eta_s: float
+    bytes_read: int
+    bytes_written: int
+
+
+def next_visit(spec: Spec, steps_done: Sequence[int], blocks: Sequence[int]) -> tuple[int, int] | None:
+    """(block, optimizer steps) of the visit that comes next, None when all is trained: from the counters alone.
+
+    A block in the midst of a visit goes on first; then the block with the fewest visits, in the spec's order of sigma.
+    """
+    length, total = spec.train.visit_steps, spec.train.steps
+    order = sorted(blocks, reverse=spec.train.order == "ascending")  # block 0 owns the highest band
+    left = [block for block in order if steps_done[block] < total]
+    if not left:
+        return None
+    block = min(left, key=lambda b: (steps_done[b] % length == 0, steps_done[b] // length))
+    return block, min(length - steps_done[block] % length, total - steps_done[block])
+
+
+def create(path: Path, spec: Spec, probe: Probe) -> Session:
+    """A new session with its initial weights: a pure function of the spec."""
+    import numpy as np
+
+    from edgetrain.models import build_family
+    from edgetrain.objectives.diffusion_blocks import codebook_rows
+    from edgetrain.randomness import Purpose, Stream, normal
+
+    family = build_family(spec)
+
+    def initial(stage: Stage, tensor: TensorSpec) -> Any:
+        names = sorted(probe.shapes[stage.kind])
+        purpose = Purpose.CODEBOOK if stage.kind == "codebook" else Purpose.INIT
+        stream = Stream(spec.train.seed, purpose, stage.index, names.index(tensor.name))
+        normals = normal(stream, 0, 1, int(np.prod(tensor.shape))).reshape(tensor.shape)
+        return codebook_rows(normals) if stage.kind == "codebook" else family.initialise(stage.kind, tensor.name, normals)
+
+    return Session.create(path, spec, probe.shapes, initial)
+
+
+def train(
+    session: Session,
+    plan: Plan,
+    dataset: Dataset,
+    device_kind: str,
+    *,
+    visits: int | None,
+    blocks: Sequence[int],
+    on_report: Callable[[Report], None],
+    stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """Trains until all is done, ``visits`` visits are made, or ``stop`` says so; returns the summary.
+
+    Raises:
+        SessionLocked, DiskError, BudgetBroken, TrainingDiverged: the session stays resumable.
+    """
+    import devices
+    from edgetrain.engine import Engine, Step
+    from edgetrain.governor import Governor
+    from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+
+    spec = session.spec
+    augmentation = Augmentation(spec.data.shift, spec.data.flip)
+
+    def batches(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
+        return batch(
+            dataset, seed=spec.train.seed, stage=block, step=step, batch_size=spec.train.batch_size, first=first,
+            count=count, augmentation=augmentation,
+        )  # fmt: skip
+
+    began = time.monotonic()
+    store = session.store
+    with store.lock({group_of_block(spec, block) for block in blocks}):
+        session.write_plan(plan.to_json())
+        device = devices.open_device(device_kind, session.scratch)
+        engine = Engine(session, device, plan.choice, DiffusionBlocks(spec, batches))
+        engine.warm_up()
+        governor = Governor(plan.budget_bytes)
+        done = {block: session.progress(block) for block in range(spec.num_blocks)}
+        start = sum(done[block].step for block in blocks)
+        all_steps = spec.train.steps * len(blocks)
+        made, last_log = 0, 0.0
+
+        def on_step(step: Step) -> None:
+            nonlocal last_log
+            now = time.monotonic()
+            done_steps = sum(done[b].step for b in blocks if b != step.block) + step.step + 1
+            rate = (done_steps - start) / (now - began)
+            images_per_s = spec.train.batch_size / step.seconds
+            on_report(
+                Report(
+                    step.block, made, step.step + 1, spec.train.steps, step.loss, images_per_s, done_steps, all_steps,
+                    (all_steps - done_steps) / rate, store.bytes_read, store.bytes_written,
+                )  # fmt: skip
+            )
+            if now - last_log > _LOG_EVERY_S:
+                last_log = now
+                session.log({
+                    "time": time.time(), "block": step.block, "step": step.step, "loss": step.loss, "lr": step.lr,
+                    "gradient_norm": step.gradient_norm if step.loss is not None else None,
+                    "images_per_s": images_per_s,
+                })  # fmt: skip
+
+        def stopping() -> bool:
+            return stop() or governor.exceeded
+
+        with governor.hold(_OWN_STEP_BYTES):
+            while not stopping() and (visits is None or made < visits):
+                following = next_visit(spec, [done[b].step for b in range(spec.num_blocks)], blocks)
+                if following is None:
+                    break
+                block, num_steps = following
+                done[block] = engine.visit(block, num_steps, on_step, stopping)
+                made += 1
+            store.flush()
+    if governor.exceeded or meter.usage().peak_bytes > plan.budget_bytes:
+        governor.check()
+    complete = all(done[block].step >= spec.train.steps for block in range(spec.num_blocks))
+    status = "complete" if complete else "interrupted" if stop() else "partial"
+    losses = [done[b].loss for b in blocks]
+    return {
+        "session": str(session.path),
+        "status": status,
+        "step": min(progress.step for progress in done.values()),
+        "steps": spec.train.steps,
+        "loss": None if None in losses else sum(x for x in losses if x is not None) / len(losses),
+        "budget_bytes": plan.budget_bytes,
+        "peak_bytes": meter.usage().peak_bytes,
+        "plan_peak_bytes": plan.peak_bytes,
+        "bytes_read": store.bytes_read,
+        "bytes_written": store.bytes_written,
+        "seconds": time.monotonic() - began,
+        "retries": engine.retries,
+        "offloaded_bytes": engine.activations.offloaded_bytes,
+        "activations": type(engine.activations).__name__.lower(),
+        "micro_batch": done[blocks[0]].micro_batches[-1][1],
+        "digest": store.digest(),
+    }
