@@ -1,0 +1,80 @@
+"""edgetrain evaluate"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from edgetrain.cli import options
+
+_OWN_STEP_BYTES = 1 << 20
+
+
+@click.command("evaluate")
+@options.SESSION
+@options.DATA
+@options.BUDGET
+@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
+@click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one for each block]")
+@click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="Noise draws to average.")
+@options.DEVICE
+@options.THREADS
+@options.JSON
+def command(
+    session: Path,
+    data: str | None,
+    budget: int | None,
+    split: str,
+    euler_steps: int | None,
+    draws: int,
+    device: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Accuracy of SESSION's model: the chain of Euler steps, and block 0 alone at sigma_max.
+
+    \b
+    Example:
+      edgetrain evaluate my-session --json
+    """
+    from edgetrain.session import Session
+    from edgetrain.store.disk import disk_errors
+
+    found = Session.open(session)
+    budget = options.saved_budget(found, budget)
+    spec = found.spec
+    if data is not None:
+        spec = replace(spec, data=replace(spec.data, source=data))
+    with disk_errors(session):
+        _, dataset = options.open_data(spec, split, found.scratch)
+    options.start_torch(threads)
+    import devices
+    from devices import meter
+    from edgetrain.governor import Governor
+    from edgetrain.sampling import accuracies, readouts
+
+    rows = readouts(spec.num_blocks, euler_steps, draws)
+    micro_batch = min(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
+    opened = devices.open_device(device)
+    with Governor(budget).hold(_OWN_STEP_BYTES):
+        values = accuracies(found, opened, dataset, rows, micro_batch)
+    results = [
+        {"metric": "accuracy", "value": values[row.name], "readout": row.name, "split": split,
+         "num_examples": dataset.num_examples}
+        for row in rows
+    ]  # fmt: skip
+    peak = meter.usage().peak_bytes
+    value = {"session": str(session), "results": results, "peak_bytes": peak, "budget_bytes": budget}
+
+    def text() -> str:
+        from edgetrain.units import format_bytes
+
+        lines = [f"{r['readout']:18} accuracy {r['value']:6.2f} %" for r in results]
+        return "\n".join([
+            *lines,
+            f"{dataset.num_examples} {split} examples; peak {format_bytes(peak)} of {format_bytes(budget)}",
+        ])  # fmt: skip
+
+    options.emit(value, as_json, text)

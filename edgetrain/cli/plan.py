@@ -1,0 +1,77 @@
+"""edgetrain plan"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from edgetrain.cli import options
+from edgetrain.errors import UsageError
+
+
+@click.command("plan")
+@click.argument("session", type=click.Path(path_type=Path, file_okay=False), required=False)
+@options.RECIPE
+@options.BUDGET
+@options.DATA
+@options.SET
+@options.ACTIVATIONS
+@options.DEVICE
+@options.THREADS
+@options.JSON
+def command(
+    session: Path | None,
+    recipe: str | None,
+    budget: int | None,
+    data: str | None,
+    assignments: tuple[str, ...],
+    activations: str | None,
+    device: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Predict the memory of a training, by owner, before any of it is done. Exit code 3: it does not fit.
+
+    \b
+    Example:
+      edgetrain plan --recipe vit-digits --memory-budget 350MiB
+    """
+    from edgetrain import plan as planning
+    from edgetrain.session import Session
+    from edgetrain.units import format_bytes
+
+    if (session is None) == (recipe is None):
+        raise UsageError("plan needs a session, or --recipe", "edgetrain plan --recipe vit-digits --memory-budget 350MiB")
+    if session is not None:
+        found = Session.open(session)
+        spec = found.spec
+        micro_batch = max(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
+        spec = replace(spec, train=replace(spec.train, micro_batch=micro_batch))
+        budget = options.saved_budget(found, budget)
+    else:
+        if budget is None:
+            raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")
+        with tempfile.TemporaryDirectory() as scratch:
+            spec, _ = options.open_data(options.new_spec(recipe or "", data, None, assignments), "train", Path(scratch))
+    plan = planning.make_plan(spec, planning.probe(spec, device, threads), budget, threads, activations)
+    per_step = plan.visit_written_bytes / spec.train.visit_steps
+
+    def text() -> str:
+        choice = plan.choice
+        moments = "resident" if choice.moments_resident else "streamed"
+        lines = [f"{name:12} {format_bytes(size):>12}" for name, size in plan.owners.items()]
+        return "\n".join([
+            *lines,
+            f"{'peak':12} {format_bytes(plan.peak_bytes):>12}   of a budget of {format_bytes(plan.budget_bytes)}; "
+            f"the smallest that would do is {-(-plan.smallest_budget_bytes // (1 << 20))}MiB",
+            f"micro-batch {choice.micro_batch} of {spec.train.batch_size}, activations {choice.activations}, "
+            f"moments {moments}, about {plan.step_s * 1000:.1f} ms a step",
+            f"disk: session {format_bytes(plan.session_bytes)}; {format_bytes(plan.visit_written_bytes)} written a "
+            f"visit of {spec.train.visit_steps} steps, {per_step * 1000 / 1e12:.5f} TB per 1000 steps",
+        ])  # fmt: skip
+
+    value = {**plan.to_json(), "written_bytes_per_step": per_step}
+    options.emit(value, as_json, text)

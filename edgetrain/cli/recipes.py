@@ -1,0 +1,31 @@
+"""edgetrain recipes"""
+
+from __future__ import annotations
+
+import click
+
+from edgetrain.cli import options
+
+
+@click.command("recipes")
+@click.argument("name", required=False)
+@options.JSON
+def command(name: str | None, as_json: bool) -> None:
+    """List the built-in recipes, or print one as TOML to start your own from.
+
+    \b
+    Example:
+      edgetrain recipes vit-digits > my.toml
+    """
+    from edgetrain.spec import builtin_recipes, load_recipe
+
+    recipes = builtin_recipes()
+    if name is not None:
+        tables = load_recipe(name)
+        options.emit({"name": name, "recipe": tables}, as_json, lambda: recipes[name].rstrip())
+        return
+
+    def text() -> str:
+        return "\n".join(f"{known:22} {toml.splitlines()[0].lstrip('# ')}" for known, toml in recipes.items())
+
+    options.emit({"recipes": {known: load_recipe(known) for known in recipes}}, as_json, text)
