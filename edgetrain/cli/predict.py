@@ -1,0 +1,84 @@
+"""edgetrain predict"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from edgetrain.cli import options
+from edgetrain.errors import UsageError
+
+_CHUNK_EXAMPLES = 256
+
+
+@click.command("predict")
+@click.argument("model", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("images", nargs=-1, type=click.Path(path_type=Path))
+@options.DATA
+@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
+@click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one for each block]")
+@click.option("--projection", type=click.Choice(["soft", "hard"]), default="soft", show_default=True)
+@click.option("--draws", type=click.IntRange(1), default=1, show_default=True, help="Noise draws to average.")
+@options.THREADS
+@options.JSON
+def command(
+    model: Path,
+    images: tuple[Path, ...],
+    data: str | None,
+    split: str,
+    euler_steps: int | None,
+    projection: Literal["soft", "hard"],
+    draws: int,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Classify IMAGES, or a labelled data set, with an exported MODEL and onnxruntime alone.
+
+    \b
+    Examples:
+      edgetrain predict my-model cat.png dog.png
+      edgetrain predict my-model --data digits
+    """
+    if bool(images) == (data is not None):
+        raise UsageError("predict needs images, or --data", "edgetrain predict my-model image.png")
+    from devices.limits import prepare_process
+
+    prepare_process(threads)
+    import numpy as np
+
+    from devices.meter import usage
+    from edgetrain.data import load_image, open_dataset, to_float
+    from exporters.runtime import Predictor
+
+    predictor = Predictor(model, threads)
+    names = predictor.manifest.class_names
+    settings: dict[str, Any] = {"num_steps": euler_steps, "projection": projection, "draws": draws}
+    if images:
+        pixels = np.stack([load_image(path, predictor.manifest.image_shape) for path in images])
+        found = predictor.predict(to_float(pixels), 0, **settings).probabilities
+        rows = [
+            {"image": str(path), "class": names[int(p.argmax())], "probability": float(p.max())}
+            for path, p in zip(images, found, strict=True)
+        ]
+        value: dict[str, Any] = {"predictions": rows, "peak_bytes": usage().peak_bytes}
+        lines = [f"{row['image']}: {row['class']} ({row['probability']:.3f})" for row in rows]
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            dataset = open_dataset(data or "", split, Path(scratch))
+            correct = {"chain": 0, "sigma_max": 0}
+            for start in range(0, dataset.num_examples, _CHUNK_EXAMPLES):
+                x, labels = dataset.read(np.arange(start, min(start + _CHUNK_EXAMPLES, dataset.num_examples)))
+                one = predictor.predict(to_float(x), start, **settings)
+                correct["chain"] += int((one.probabilities.argmax(1) == labels).sum())
+                correct["sigma_max"] += int((one.sigma_max_probabilities.argmax(1) == labels).sum())
+        rows = [
+            {"metric": "accuracy", "value": 100.0 * count / dataset.num_examples, "readout": readout, "split": split,
+             "num_examples": dataset.num_examples}
+            for readout, count in correct.items()
+        ]  # fmt: skip
+        value = {"results": rows, "peak_bytes": usage().peak_bytes}
+        lines = [f"{row['readout']:10} accuracy {row['value']:6.2f} % of {row['num_examples']}" for row in rows]
+    options.emit(value, as_json, lambda: "\n".join(lines))
