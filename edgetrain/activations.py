@@ -66,16 +66,14 @@ class _Recomputed(torch.autograd.Function):
             outputs = ctx.layer(_boundary(ctx.names, inputs)).carried.values()
             # A sum of products instead of backward(gradient), whose first call imports sympy: some 35 MiB.
             total = sum((y * g).sum() for y, g in zip(outputs, output_gradients, strict=True))
-        total.backward()  # type: ignore[union-attr]
+        total.backward()
         return (None, None, None, *(x.grad for x in inputs))
 
 
 def _boundary(names: tuple[tuple[str, ...], ...], tensors: Any) -> Boundary:
     carried, context = names
     tensors = list(tensors)
-    return Boundary(
-        dict(zip(carried, tensors, strict=False)), dict(zip(context, tensors[len(carried) :], strict=True))
-    )
+    return Boundary(dict(zip(carried, tensors, strict=False)), dict(zip(context, tensors[len(carried) :], strict=True)))
 
 
 class Offload(Activations):

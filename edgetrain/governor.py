@@ -40,8 +40,8 @@ class Governor:
             limit = limits.data_limit_for(self.budget_bytes, used)
             if limit - used.data_bytes < needed_bytes:
                 raise BudgetBroken(
-                    f"{format_bytes(used.resident_bytes)} are in use before the first step, so the budget of "
-                    f"{format_bytes(self.budget_bytes)} leaves less than the {format_bytes(needed_bytes)} that one needs",
+                    f"{format_bytes(used.resident_bytes)} are in use before the first step: the "
+                    f"budget of {format_bytes(self.budget_bytes)} leaves less than {format_bytes(needed_bytes)} for one",
                     "Raise --memory-budget a little.",
                 )
             limits.set_data_limit(limit)

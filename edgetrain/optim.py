@@ -12,6 +12,7 @@ from torch import Tensor
 
 from edgetrain.spec import OptimizerSpec
 
+
 def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
     """Of optimizer step ``step`` (from 0) out of ``total``: linear warm-up, then cosine to ``final_lr`` of the peak."""
     warmup = max(1, round(spec.warmup * total))

@@ -1,4 +1,4 @@
-"""How the trained tensors of a block are cut into pieces for the optimizer, and what its buffers take. No torch here."""
+"""How a block's trained tensors are cut into pieces for the optimizer, and what its buffers take. No torch here."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def buffer_bytes(layouts: Sequence[StageLayout], moments_resident: bool) -> dict
     """Bytes of each buffer that the stages of one block need, by owner."""
     trained = sum(layout.section_bytes("weight") for layout in layouts if layout.trained)
     frozen = sum(layout.section_bytes("frozen") for layout in layouts if not layout.trained)
-    slice_bytes = max((piece.stored_bytes for layout in layouts if layout.trained for piece in pieces(layout)), default=0)
+    slice_bytes = max(
+        (piece.stored_bytes for layout in layouts if layout.trained for piece in pieces(layout)), default=0
+    )
     moments = 2 * (trained if moments_resident else slice_bytes)
     return {"weights": trained, "gradients": trained, "moments": moments, "frozen": frozen}

@@ -99,9 +99,7 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def make_plan(
-    spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, activations: str | None = None
-) -> Plan:
+def make_plan(spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, activations: str | None = None) -> Plan:
     """The fastest way to train inside the budget.
 
     Raises:
@@ -156,7 +154,11 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
                     0.0, keep.per_example + layers * keep.per_layer_example
                 )
                 moved = 0 if moments_resident else 4 * owners["weights"]
-                yield Choice(micro_batch, kind, moments_resident), owners, seconds * slower + moved / _CACHED_BYTES_PER_S
+                yield (
+                    Choice(micro_batch, kind, moments_resident),
+                    owners,
+                    seconds * slower + moved / _CACHED_BYTES_PER_S,
+                )
 
 
 def _splits(batch_size: int) -> list[int]:

@@ -45,7 +45,8 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
             return images, indices % self.num_classes
 
     model = spec.model
-    data = Noise("noise", "train", 1 << 20, model.image_shape, tuple(map(str, range(model.num_classes))))
+    channels, height, width = model.image_shape
+    data = Noise("noise", "train", 1 << 20, (channels, height, width), tuple(map(str, range(model.num_classes))))
     augmentation = Augmentation(spec.data.shift, spec.data.flip)
     token_bytes = 4 * model.width * model.num_patches
     small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
@@ -83,8 +84,13 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
                 "offload": Offload(device, tier, resident.owns),
             }
 
-            def run(policy: Activations, micro_batch: int, objective: DiffusionBlocks = objective, block: Block = block) -> None:
-                draw = {k: torch.from_numpy(v).to(device.torch_device) for k, v in objective.draw(0, 0, 0, micro_batch).items()}
+            def run(
+                policy: Activations, micro_batch: int, objective: DiffusionBlocks = objective, block: Block = block
+            ) -> None:
+                draw = {
+                    k: torch.from_numpy(v).to(device.torch_device)
+                    for k, v in objective.draw(0, 0, 0, micro_batch).items()
+                }
                 objective.loss(block, draw, policy).backward()
 
             warm_up_kernels(device)
@@ -102,14 +108,17 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
     return {
         "shapes": shapes,
         "runtime_bytes": runtime_bytes,
-        "step_bytes": {k: dataclasses.asdict(Fit.through(small, 2 * small, points)) for k, points in byte_points.items()},
-        "step_s": {k: dataclasses.asdict(Fit.through(small, 2 * small, points)) for k, points in second_points.items()},
+        "step_bytes": {
+            k: dataclasses.asdict(Fit.through(small, 2 * small, points)) for k, points in byte_points.items()
+        },
+        "step_s": {k: dataclasses.asdict(Fit.through(small, 2 * small, p)) for k, p in second_points.items()},
     }
 
 
 def _overlay_gradients(block: object) -> None:
     """Lets every parameter's gradient be the same memory: their values do not matter here, their size does."""
     import torch
+
     from edgetrain.objectives.base import Block
 
     assert isinstance(block, Block)

@@ -131,7 +131,9 @@ class Resident:
                 yield member, "m", self.m
                 yield member, "v", self.v
 
-    def update(self, optimizer: AdamW, transaction: Transaction, settings: Callable[[Stage, TensorSpec], Update]) -> None:
+    def update(
+        self, optimizer: AdamW, transaction: Transaction, settings: Callable[[Stage, TensorSpec], Update]
+    ) -> None:
         """One optimizer step on everything that trains.
 
         Args:
@@ -150,15 +152,21 @@ class Resident:
 
     @contextmanager
     def _moments(self, member: Member, piece: Piece, transaction: Transaction) -> Iterator[tuple[Tensor, Tensor]]:
-        """The moments (num_elements,) of a piece: in place, or read into the slices and written to the idle slot after."""
+        """A piece's moments (num_elements,): in place, or read into the slices and then written to the idle slot."""
         if self.moments_resident:
             offset = member.offset + piece.offset
-            yield self.m.tensor(torch.float32, offset, (piece.num_elements,)), self.v.tensor(torch.float32, offset, (piece.num_elements,))
+            yield (
+                self.m.tensor(torch.float32, offset, (piece.num_elements,)),
+                self.v.tensor(torch.float32, offset, (piece.num_elements,)),
+            )
             return
         for role, buffer in (("m", self.m), ("v", self.v)):
             read = _in_order(transaction.read, member.stage.name, role, piece.offset)
             self.device.fill(buffer, 0, piece.stored_bytes, read)
-        yield self.m.tensor(torch.float32, 0, (piece.num_elements,)), self.v.tensor(torch.float32, 0, (piece.num_elements,))
+        yield (
+            self.m.tensor(torch.float32, 0, (piece.num_elements,)),
+            self.v.tensor(torch.float32, 0, (piece.num_elements,)),
+        )
         for role, buffer in (("m", self.m), ("v", self.v)):
             write = _in_order(transaction.write, member.stage.name, role, piece.offset)
             self.device.drain(buffer, 0, piece.stored_bytes, write)

@@ -95,10 +95,13 @@ class Sampler:
         schedule = spec.diffusion_blocks.noise
         grid = schedule.grid(num_steps)
         scale = np.float32((1 + schedule.sigma_max**2) ** 0.5)
-        z = np.stack([
-            scale * normal(Stream(spec.train.seed, Purpose.EVALUATION_NOISE, 0, k), first_example, n, spec.model.width)
-            for k in range(draws)
-        ])  # (draws, n, width)
+        z = np.stack(
+            [
+                scale
+                * normal(Stream(spec.train.seed, Purpose.EVALUATION_NOISE, 0, k), first_example, n, spec.model.width)
+                for k in range(draws)
+            ]
+        )  # (draws, n, width)
         first = np.empty((draws, n, spec.model.num_classes), np.float32)
         last = np.empty_like(first)
         for index in dict.fromkeys(block for _, block in grid):

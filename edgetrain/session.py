@@ -1,11 +1,11 @@
 """A session: one training, in one directory, resumable. This module knows its files; the engine trains it.
 
-    session.json   format version, and the shapes of the model's parameters; written last at creation
-    spec.toml      the resolved recipe
-    plan.json      the latest plan
-    metrics.jsonl  one line every few steps; a record for people, never read by edgetrain
-    groups/, stages/   the store's (see ``edgetrain.store``)
-    scratch/       activations and inflated data; always deletable
+session.json   format version, and the shapes of the model's parameters; written last at creation
+spec.toml      the resolved recipe
+plan.json      the latest plan
+metrics.jsonl  one line every few steps; a record for people, never read by edgetrain
+groups/, stages/   the store's (see ``edgetrain.store``)
+scratch/       activations and inflated data; always deletable
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,7 +120,7 @@ class Session:
             raise SessionCorrupt(f"{path / 'session.json'} does not describe a session")
         if version > FORMAT_VERSION:
             raise SessionCorrupt(
-                f"{path} has format version {version}, newer than this edgetrain ({__version__}) knows: {FORMAT_VERSION}",
+                f"{path} has format version {version}, newer than edgetrain {__version__} knows: {FORMAT_VERSION}",
                 "Install a newer edgetrain.",
             )
         try:

@@ -66,7 +66,9 @@ def create(path: Path, spec: Spec, probe: Probe) -> Session:
         purpose = Purpose.CODEBOOK if stage.kind == "codebook" else Purpose.INIT
         stream = Stream(spec.train.seed, purpose, stage.index, names.index(tensor.name))
         normals = normal(stream, 0, 1, int(np.prod(tensor.shape))).reshape(tensor.shape)
-        return codebook_rows(normals) if stage.kind == "codebook" else family.initialise(stage.kind, tensor.name, normals)
+        return (
+            codebook_rows(normals) if stage.kind == "codebook" else family.initialise(stage.kind, tensor.name, normals)
+        )
 
     return Session.create(path, spec, probe.shapes, initial)
 
@@ -122,9 +124,18 @@ def train(
             images_per_s = spec.train.batch_size / step.seconds
             on_report(
                 Report(
-                    step.block, made, step.step + 1, spec.train.steps, step.loss, images_per_s, done_steps, all_steps,
-                    (all_steps - done_steps) / rate, store.bytes_read, store.bytes_written,
-                )  # fmt: skip
+                    step.block,
+                    made,
+                    step.step + 1,
+                    spec.train.steps,
+                    step.loss,
+                    images_per_s,
+                    done_steps,
+                    all_steps,
+                    (all_steps - done_steps) / rate,
+                    store.bytes_read,
+                    store.bytes_written,
+                )
             )
             if now - last_log > _LOG_EVERY_S:
                 last_log = now

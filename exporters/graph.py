@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto, TensorProto
+    from onnx import ModelProto, TensorProto
 
 IR_VERSION = 10
 OPSET = 20
@@ -30,6 +30,16 @@ class External(NamedTuple):
     length: int
 
 
+class Node(NamedTuple):
+    """A node to be: a small fraction of the memory that a message of its own would take."""
+
+    kind: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    name: str
+    attributes: Mapping[str, Any]
+
+
 class Graph:
     """A graph under construction.
 
@@ -42,7 +52,7 @@ class Graph:
         self._shapes = shapes
         self._scope = ""
         self._uses: dict[str, int] = {}
-        self._nodes: list[NodeProto] = []
+        self._nodes: list[Node] = []
         self._constants: dict[str, NDArray[Any]] = {}
         self._inputs: dict[str, tuple[int, ...]] = {}
         self._outputs: dict[str, tuple[int, ...]] = {}
@@ -62,7 +72,7 @@ class Graph:
     def output(self, name: str, value: str, *shape: int) -> None:
         """Makes ``value`` (n, *shape) an output."""
         self._outputs[name] = shape
-        self._nodes.append(_node("Identity", [value], [name], name))
+        self._nodes.append(Node("Identity", [value], [name], name, {}))
 
     def weight(self, name: str) -> str:
         """A weight of ``shapes``.
@@ -100,7 +110,7 @@ class Graph:
         if self._uses[name] > 1:
             name = f"{name}_{self._uses[name]}"
         outputs = [name] if num_outputs == 1 else [f"{name}.{i}" for i in range(num_outputs)]
-        self._nodes.append(_node(kind, inputs, outputs, name, **attributes))
+        self._nodes.append(Node(kind, inputs, outputs, name, attributes))
         return outputs
 
     def reshape(self, x: str, *shape: int) -> str:
@@ -116,15 +126,15 @@ class Graph:
 
     def weights(self) -> list[str]:
         """The weights that the outputs depend on, in the order of their use."""
-        used = dict.fromkeys(value for node in self._needed() for value in node.input)
+        used = dict.fromkeys(value for node in self._needed() for value in node.inputs)
         return [name for name in used if name in self._shapes]
 
-    def _needed(self) -> list[NodeProto]:
+    def _needed(self) -> list[Node]:
         """The nodes that the outputs depend on, in order."""
         wanted, needed = set(self._outputs), []
         for node in reversed(self._nodes):
-            if not wanted.isdisjoint(node.output):
-                wanted.update(node.input)
+            if not wanted.isdisjoint(node.outputs):
+                wanted.update(node.inputs)
                 needed.append(node)
         return needed[::-1]
 
@@ -139,7 +149,7 @@ class Graph:
         from onnx import TensorProto, helper
 
         nodes = self._needed()
-        used = {value for node in nodes for value in node.input}
+        used = {value for node in nodes for value in node.inputs}
         constants = [
             helper.make_tensor(
                 name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape, array.tobytes(), raw=True
@@ -152,8 +162,11 @@ class Graph:
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *shape]) for name, shape in tensors.items()]
             for tensors in (self._inputs, self._outputs)
         ]
+        graph = helper.make_graph([], self._name, ends[0], ends[1], [*constants, *weights])
+        for node in nodes:
+            graph.node.append(helper.make_node(*node[:4], **node.attributes))
         model = helper.make_model(
-            helper.make_graph(nodes, self._name, ends[0], ends[1], [*constants, *weights]),
+            graph,
             ir_version=IR_VERSION,
             opset_imports=[helper.make_opsetid("", OPSET)],
             producer_name="edgetrain",
@@ -161,12 +174,6 @@ class Graph:
         )
         helper.set_model_props(model, dict(metadata))
         return model
-
-
-def _node(kind: str, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: Any) -> NodeProto:
-    from onnx import helper
-
-    return helper.make_node(kind, inputs, outputs, name, **attributes)
 
 
 def _external(name: str, shape: Sequence[int], place: External) -> TensorProto:

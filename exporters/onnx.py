@@ -161,8 +161,9 @@ def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> di
     for block, graph in enumerate(graphs):
         low, high = spec.diffusion_blocks.noise.band(block)
         properties = {"block": str(block), "sigma_low": repr(low), "sigma_high": repr(high)}
-        model = graph.model(_properties(session, digest) | properties, __version__, places)
-        files[block_file(block)] = _write_checked(folder / block_file(block), model)
+        path = folder / block_file(block)
+        files[path.name] = _write(path, graph.model(_properties(session, digest) | properties, __version__, places))
+        _check(path)
     return files
 
 
@@ -177,7 +178,8 @@ def _single(session: Session, weights: Weights, folder: Path, digest: str) -> di
     properties |= _properties(session, digest)
     out, places = write_model(folder / MODEL, graph.model(properties, __version__, {}), weights, graph.weights())
     # The checker would hold the whole file in memory: it gets a twin whose weights are elsewhere, in that very file.
-    _write_checked(folder / _CHECKED, graph.model(properties, __version__, places))
+    _write(folder / _CHECKED, graph.model(properties, __version__, places))
+    _check(folder / _CHECKED)
     (folder / _CHECKED).unlink()
     return {MODEL: FileRecord(out.num_bytes, out.sha256)}
 
@@ -191,14 +193,18 @@ def _properties(session: Session, digest: str) -> dict[str, str]:
     }
 
 
-def _write_checked(path: Path, model: ModelProto) -> FileRecord:
-    from onnx import checker
-
+def _write(path: Path, model: ModelProto) -> FileRecord:
     data = model.SerializeToString()
     with writing(path, len(data)) as out:
         out.write(data)
-    checker.check_model(str(path), full_check=True)
     return FileRecord(out.num_bytes, out.sha256)
+
+
+def _check(path: Path) -> None:
+    """Whether it is a valid model, with every shape inferred. Here none is in memory but the checker's."""
+    from onnx import checker
+
+    checker.check_model(str(path), full_check=True)
 
 
 def _class_names(session: Session) -> tuple[str, ...]:

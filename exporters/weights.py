@@ -139,7 +139,7 @@ def _safetensors_header(weights: Sequence[Weight]) -> tuple[bytes, dict[str, int
 def write_model(
     path: Path, model: ModelProto, weights: Weights, names: Iterable[str]
 ) -> tuple[Output, dict[str, External]]:
-    """A model's file with the weights inside, which are added to those that ``model`` holds already.
+    """A model's file with the weights inside, added to those that ``model`` holds; of ``model`` no graph is left.
 
     Protobuf writes fields in any order: the graph comes last, its initializers last in it, each with its bytes last.
     So all lengths are known beforehand, and no weight is ever held in memory.
@@ -158,10 +158,8 @@ def write_model(
     ]
     graph = model.graph.SerializeToString()
     graph_bytes = len(graph) + sum(map(len, fields)) + sum(weight.nbytes for weight, _ in tensors)
-    rest = ModelProto()
-    rest.CopyFrom(model)
-    rest.ClearField("graph")
-    head = rest.SerializeToString() + _field(ModelProto.GRAPH_FIELD_NUMBER, graph_bytes)
+    model.ClearField("graph")
+    head = model.SerializeToString() + _field(ModelProto.GRAPH_FIELD_NUMBER, graph_bytes)
     if len(head) + graph_bytes > MAX_MODEL_BYTES:
         raise UsageError(
             f"a single file would have {format_bytes(len(head) + graph_bytes)}, "

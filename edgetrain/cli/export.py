@@ -16,7 +16,7 @@ from edgetrain.cli import options
 @options.BUDGET
 @options.JSON
 def command(session: Path, folder: Path, single_file: bool, budget: int | None, as_json: bool) -> None:
-    """Export SESSION's model as ONNX, and compare it with the trained one. Exit code 10: they differ, and nothing is left.
+    """Export SESSION's model as ONNX and compare it with the trained one. Exit code 10: they differ; nothing is left.
 
     \b
     Example:

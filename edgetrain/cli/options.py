@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgetrain.errors import EdgetrainError, UsageError
+from edgetrain.errors import BadInput, EdgetrainError, UsageError
 from edgetrain.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
 
     dataset = open_dataset(spec.data.source, split, scratch)
     known = (spec.model.image_shape, spec.model.num_classes)
-    if known != ((), 0) and known != (dataset.image_shape, dataset.num_classes):
-        from edgetrain.errors import BadInput
-
+    if spec.model.image_shape and known != (dataset.image_shape, dataset.num_classes):
         raise BadInput(
             f"{spec.data.source} has {dataset.num_classes} classes of images {dataset.image_shape}, the session was "
             f"made for {spec.model.num_classes} classes of {spec.model.image_shape}"

@@ -44,7 +44,9 @@ def command(
     from edgetrain.units import format_bytes
 
     if (session is None) == (recipe is None):
-        raise UsageError("plan needs a session, or --recipe", "edgetrain plan --recipe vit-digits --memory-budget 350MiB")
+        raise UsageError(
+            "plan needs a session, or --recipe", "edgetrain plan --recipe vit-digits --memory-budget 350MiB"
+        )
     if session is not None:
         found = Session.open(session)
         spec = found.spec

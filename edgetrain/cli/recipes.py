@@ -22,7 +22,7 @@ def command(name: str | None, as_json: bool) -> None:
     recipes = builtin_recipes()
     if name is not None:
         tables = load_recipe(name)
-        options.emit({"name": name, "recipe": tables}, as_json, lambda: recipes[name].rstrip())
+        options.emit({"name": name, "recipe": tables}, as_json, recipes[name].rstrip)
         return
 
     def text() -> str:

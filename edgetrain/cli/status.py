@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,7 +25,7 @@ def command(session: Path, as_json: bool) -> None:
 
     found = Session.open(session)
     spec = found.spec
-    blocks = []
+    blocks: list[dict[str, Any]] = []
     for block in range(spec.num_blocks):
         progress = found.progress(block)
         low, high = spec.diffusion_blocks.noise.band(block)
@@ -33,7 +34,7 @@ def command(session: Path, as_json: bool) -> None:
             "layers": list(spec.layers_of(block)), "sigma": [low, high], "skipped": list(progress.skipped),
             "micro_batches": [list(entry) for entry in progress.micro_batches],
         })  # fmt: skip
-    steps = [int(str(row["step"])) for row in blocks]
+    steps = [row["step"] for row in blocks]
     complete = all(step >= spec.train.steps for step in steps)
     value = {
         "session": str(session), "status": "complete" if complete else "partial", "step": min(steps),
@@ -42,8 +43,8 @@ def command(session: Path, as_json: bool) -> None:
 
     def text() -> str:
         rows = [
-            f"block {row['block']}  step {row['step']}/{spec.train.steps}  sigma {row['sigma'][0]:.4g}..{row['sigma'][1]:.4g}"
-            f"  loss {'-' if row['loss'] is None else format(row['loss'], '.4f')}  skipped {len(row['skipped'])}"
+            f"block {row['block']}  step {row['step']}/{spec.train.steps}  "
+            f"sigma {row['sigma'][0]:.4g}..{row['sigma'][1]:.4g}  loss {'-' if row['loss'] is None else format(row['loss'], '.4f')}  skipped {len(row['skipped'])}"
             for row in blocks
         ]
         return "\n".join([*rows, f"{value['status']}  digest {value['digest']}"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgetrain.activations import Activations
 from edgetrain.models.base import Layer
 
+
 @dataclass(frozen=True)
 class Block:
     """The modules of one block, bound to the weights that are resident now."""
