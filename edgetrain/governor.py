@@ -41,7 +41,7 @@ class Governor:
             if limit - used.data_bytes < needed_bytes:
                 raise BudgetBroken(
                     f"{format_bytes(used.resident_bytes)} are in use before the first step: the "
-                    f"budget of {format_bytes(self.budget_bytes)} leaves less than {format_bytes(needed_bytes)} for one",
+                    f"budget of {format_bytes(self.budget_bytes)} leaves less than {format_bytes(needed_bytes)}",
                     "Raise --memory-budget a little.",
                 )
             limits.set_data_limit(limit)

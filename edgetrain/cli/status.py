@@ -42,11 +42,14 @@ def command(session: Path, as_json: bool) -> None:
     }  # fmt: skip
 
     def text() -> str:
-        rows = [
-            f"block {row['block']}  step {row['step']}/{spec.train.steps}  "
-            f"sigma {row['sigma'][0]:.4g}..{row['sigma'][1]:.4g}  loss {'-' if row['loss'] is None else format(row['loss'], '.4f')}  skipped {len(row['skipped'])}"
-            for row in blocks
-        ]
+        rows = []
+        for row in blocks:
+            low, high = row["sigma"]
+            loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+            rows.append(
+                f"block {row['block']}  step {row['step']}/{spec.train.steps}  sigma {low:.4g}..{high:.4g}  "
+                f"loss {loss}  skipped {len(row['skipped'])}"
+            )
         return "\n".join([*rows, f"{value['status']}  digest {value['digest']}"])
 
     options.emit(value, as_json, text)
