@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.session import Session
+from edgetrain.stages import largest_block
 from exporters import parity
 from exporters.manifest import Manifest
 from exporters.runtime import import_onnxruntime, open_model
@@ -16,9 +18,11 @@ Floats = NDArray[np.float32]
 
 def run(request: parity.Request) -> dict[str, Any]:
     """The rows that ``parity.check`` returns."""
-    import_onnxruntime()
-    parity.limit_memory(request)
     manifest = Manifest.read(request.export_path)
+    session = Session.open(request.session_path)
+    layouts = [] if manifest.single_file else largest_block(session.spec, session.shapes)
+    import_onnxruntime()
+    parity.limit_memory(request, sum(layout.section_bytes(layout.roles[0].name) for layout in layouts))
     names = parity.OUTPUTS[manifest.single_file]
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     opened, model = "", None

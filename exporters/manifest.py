@@ -97,7 +97,7 @@ class Manifest:
             raise BadInput(f"{path} has format version {version}, newer than {VERSION}", "Install a newer edgetrain.")
         try:
             manifest = _parse(content)
-        except (KeyError, TypeError, ValueError, AttributeError, EdgetrainError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, EdgetrainError) as error:
             raise BadInput(f"{path} is damaged: {error!r}", "Export the session again.") from error
         for name, record in manifest.files.items():
             actual = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -120,7 +120,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         width=_positive(content["width"]),
         schedule=NoiseSchedule(
             _positive(schedule["num_blocks"]),
-            *(float(schedule[key]) for key in ("sigma_min", "sigma_max", "p_mean", "p_std", "overlap")),
+            *(_is(float, schedule[key]) for key in ("sigma_min", "sigma_max", "p_mean", "p_std", "overlap")),
         ),
         files={
             _is(str, name): FileRecord(_is(int, record["bytes"]), _is(str, record["sha256"]))
@@ -131,6 +131,9 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     needed = {MODEL} if parsed.single_file else {WEIGHTS, *(block_file(i) for i in range(min(num_blocks, _MAX_BLOCKS)))}
     if num_blocks > _MAX_BLOCKS or needed != parsed.files.keys():
         raise ValueError(f"{num_blocks} blocks in the files {sorted(parsed.files)}")
+    low, high = (parsed.schedule.quantile(sigma) for sigma in (parsed.schedule.sigma_min, parsed.schedule.sigma_max))
+    if not low < high:
+        raise ValueError(f"the noise levels {parsed.schedule} are no distribution")
     if len(parsed.image_shape) != 3 or not parsed.class_names or not 0 <= parsed.seed < 2**63:
         raise ValueError(f"images {parsed.image_shape}, {parsed.num_classes} classes, seed {parsed.seed}")
     return parsed

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +31,10 @@ class Model:
     """The trained model, run stage by stage on several batches."""
 
     def __init__(self, session: Session) -> None:
-        from edgetrain.models.vit import ViT
+        from edgetrain.models import build_family
 
         self._session = session
-        self._family = ViT(session.spec)
+        self._family = build_family(session.spec)
 
     def block(
         self, block: int, images: Sequence[Floats], z: Sequence[Floats], sigma: Sequence[Floats]
@@ -48,13 +49,11 @@ class Model:
         codebook, stem, *layers, head = stages_of_block(spec, block)
         with torch.inference_mode():
             images_, z_, sigma_ = ([torch.from_numpy(one) for one in batches] for batches in (images, z, sigma))
-            module = self._module(stem)
-            boundaries = [enter(spec, module, *batch) for batch in zip(images_, z_, sigma_, strict=True)]
+            boundaries = self._map(stem, partial(enter, spec), zip(images_, z_, sigma_, strict=True))
             for layer in layers:
-                module = self._module(layer)
-                boundaries = [module(boundary) for boundary in boundaries]
-            module, rows = self._module(head), self._module(codebook)()
-            logits = [read_out(spec, module, *ends) for ends in zip(boundaries, z_, sigma_, strict=True)]
+                boundaries = self._map(layer, lambda module, boundary: module(boundary), zip(boundaries, strict=True))
+            logits = self._map(head, partial(read_out, spec), zip(boundaries, z_, sigma_, strict=True))
+            rows = self._module(codebook)()
             return [(one.numpy(), (F.softmax(one, dim=1) @ rows).numpy()) for one in logits]
 
     def chain(self, images: Sequence[Floats], noise: Sequence[Floats]) -> list[Outputs]:
@@ -72,6 +71,11 @@ class Model:
                 np.float32(a) * z + np.float32(b) * denoised for z, (_, denoised) in zip(states, outputs, strict=True)
             ]
         return list(zip(readouts[-1], readouts[0], strict=True))
+
+    def _map(self, stage: Stage, run: Callable[..., Any], batches: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """``run(module, *batch)`` of each batch; the stage's module is gone before another is loaded."""
+        module = self._module(stage)
+        return [run(module, *batch) for batch in batches]
 
     def _module(self, stage: Stage) -> nn.Module:
         """The stage's module on its committed weights."""
@@ -128,11 +132,11 @@ def _warm_up(spec: Spec) -> None:
     """Runs every operation once on a model of the same kind that is next to nothing, for the libraries' own pages."""
     import torch
 
-    from edgetrain.models.vit import ViT
+    from edgetrain.models import build_family
     from edgetrain.objectives.diffusion_blocks import enter, read_out
 
     small = replace(spec, model=replace(spec.model, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2))
-    family = ViT(small)
+    family = build_family(small)
     with torch.inference_mode():
         z, sigma = torch.ones(2, 8), torch.ones(2)
         boundary = enter(small, family.build_stem(), torch.ones(2, 1, 2, 2), z, sigma)

@@ -29,6 +29,7 @@ Floats = NDArray[np.float32]
 
 _CODEBOOK = "codebook.rows"
 _TINY = np.float32(1e-12)
+_OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Predictor:
         """
         manifest = self.manifest
         if images.ndim != 4 or images.shape[1:] != manifest.image_shape:
-            raise BadInput(f"images of shape {images.shape}, the model takes (n, {manifest.image_shape})")
+            raise BadInput(f"images of shape {images.shape}; the model takes {('n', *manifest.image_shape)}")
         if draws < 1:
             raise UsageError(f"{draws} draws of noise: at least one is needed")
         num_blocks = manifest.schedule.num_blocks
@@ -200,9 +201,6 @@ def _model_errors(path: Path) -> Iterator[None]:
         if any(phrase in text for phrase in _OUT_OF_MEMORY):
             raise MemoryError(f"{path}: {text}") from error
         raise BadInput(f"{path} cannot be run: {text}", "Export the session again.") from error
-
-
-_OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory", "std::bad_alloc")
 
 
 def _mean_softmax(logits: Sequence[Floats]) -> Floats:

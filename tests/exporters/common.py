@@ -18,6 +18,7 @@ from edgetrain.session import Session
 from edgetrain.spec import Spec, resolve
 from edgetrain.stages import Stage
 from edgetrain.store.layout import TensorSpec
+from exporters.onnx import stage
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +77,10 @@ def run_python(code: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def export(session: Session, to: Path, single_file: bool = False) -> Path:
+    """``to``, with the session exported to it."""
+    with stage(session, to, single_file) as staged:
+        staged.publish()
+    return to

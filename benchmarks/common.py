@@ -1,0 +1,140 @@
+"""What the benchmarks share: edgetrain run and measured from outside, synthetic data, tables."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from devices.meter import TreeMeter
+
+MIB = 1 << 20
+INFEASIBLE = 3
+_NAMED_BUDGET = re.compile(r"--memory-budget (\d+)MiB")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A command that ended. ``peak_bytes``: of its process tree, the larger of all samples of the sum and every
+    process's own high-water mark; ``value``: the JSON object it printed, empty if none."""
+
+    exit_code: int
+    value: dict[str, Any]
+    peak_bytes: int
+    seconds: float
+    stderr: str
+
+    @property
+    def named_budget_bytes(self) -> int:
+        """The budget that a refusal says would do, 0 if it names none."""
+        found = _NAMED_BUDGET.search(self.value.get("hint", ""))
+        return int(found[1]) * MIB if found else 0
+
+    def require(self) -> Outcome:
+        """Itself, if the command succeeded."""
+        if self.exit_code != 0:
+            raise SystemExit(f"exit code {self.exit_code}: {self.value or self.stderr}")
+        return self
+
+
+def executable() -> str:
+    """The console script of this interpreter's environment."""
+    beside = Path(sys.executable).with_name("edgetrain")
+    return str(beside) if beside.exists() else shutil.which("edgetrain") or "edgetrain"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For commands: probes cached in ``folder`` alone. Idle threads sleep instead of spinning, so that what else
+    runs on the machine costs time only; memory does not depend on it."""
+    return os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_WAIT_POLICY": "passive"}
+
+
+def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600) -> Outcome:
+    """Runs ``edgetrain ARGUMENTS --json`` in ``folder`` and measures its process tree."""
+    began = time.monotonic()
+    with (folder / "stdout").open("w+") as out, (folder / "stderr").open("w+") as err:
+        command = [executable(), *arguments, "--json"]
+        process = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=out, stderr=err)
+        with TreeMeter(process.pid, poll_s=0.01) as meter:
+            try:
+                process.wait(timeout_s)
+            finally:
+                process.kill()
+                process.wait()
+        out.seek(0)
+        err.seek(0)
+        printed, complaint = out.read(), err.read()
+    try:
+        value = json.loads(printed)
+    except ValueError:
+        value = {}
+    own = value.get("peak_bytes", 0)  # the last milliseconds are between two samples
+    peak_bytes = max(meter.peak_bytes, own, *meter.high_water_bytes.values(), 0)
+    return Outcome(process.returncode, value, peak_bytes, time.monotonic() - began, complaint)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder on a disk, not in memory, where $TMPDIR says; removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="edgetrain-benchmark-") as name:
+        yield Path(name).resolve()
+
+
+def write_idx(folder: Path, size: int, num_images: int = 1024, num_classes: int = 10) -> Path:
+    """Random grey images of ``size`` x ``size`` pixels as an IDX data set."""
+    folder.mkdir(parents=True)
+    noise = random.Random(0)
+    for prefix in ("train", "t10k"):
+        pixels = noise.randbytes(num_images * size * size)
+        header = struct.pack(">4I", 0x0803, num_images, size, size)
+        (folder / f"{prefix}-images-idx3-ubyte").write_bytes(header + pixels)
+        labels = bytes(i % num_classes for i in range(num_images))
+        (folder / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x0801, num_images) + labels)
+    return folder
+
+
+def settings(changes: dict[str, object]) -> list[str]:
+    """{"train.steps": 3} -> ["--set", "train.steps=3"]."""
+    return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With what every benchmark takes."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, metavar="FILE.md", help="write the table to this file too")
+    made.add_argument("--quick", action="store_true", help="a small part, to see that it works")
+    return made
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(out: Path | None, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *notes: str) -> None:
+    """Prints a markdown table with notes below it, and writes it to ``out``."""
+    lines = [f"## {title}", "", _row(columns), _row(["---"] * len(columns)), *map(_row, rows), ""]
+    text = "\n".join([*lines, *(f"- {note}" for note in notes)])
+    print(text, flush=True)
+    if out is not None:
+        out.write_text(text + "\n")
+
+
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def mib(num_bytes: float) -> str:
+    return f"{num_bytes / MIB:.1f}"

@@ -1,0 +1,586 @@
+"""The engine on small real sessions: whatever may differ from run to run changes no bit of the result."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import devices
+from edgetrain import engine as engine_module
+from edgetrain.activations import Keep
+from edgetrain.data import Dataset, open_dataset, to_float
+from edgetrain.engine import Engine, build_modules
+from edgetrain.errors import SessionLocked, TrainingDiverged, UsageError
+from edgetrain.models import build_family
+from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+from edgetrain.plan import Choice, Plan, Probe
+from edgetrain.session import Session
+from edgetrain.spec import Spec, resolve
+from edgetrain.stages import Stage, group_of_block, groups, stages_of_block
+from edgetrain.training import create, next_visit, train
+
+KEEP = Choice(8, "keep", True)
+PLENTY_BYTES = 1 << 40
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Tensors are small: a second thread costs more than it brings, and more still on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Dataset:
+    return open_dataset("digits", "train", tmp_path_factory.mktemp("scratch"))
+
+
+def small(**changes: Any) -> Spec:
+    base = {
+        "model.width": 16, "model.depth": 4, "model.heads": 2, "model.patch": 2, "model.image_shape": [1, 8, 8],
+        "model.num_classes": 10, "diffusion_blocks.num_blocks": 2, "data.shift": 1, "train.batch_size": 8,
+        "train.micro_batch": 8, "train.steps": 4, "train.visit_steps": 2, "optimizer.lr": 1e-2,
+    }  # fmt: skip
+    return resolve({}, base | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def paper(**changes: Any) -> Spec:
+    return small(diffusion_blocks__preset="paper", **changes)
+
+
+def new_session(path: Path, spec: Spec) -> Session:
+    """As ``edgetrain train`` makes it, with the shapes taken from modules instead of from a probe."""
+    block = build_modules(spec, build_family(spec), 0)
+    kinds = {"codebook": block.codebook, "stem": block.stem, "layer": block.layers[0], "head": block.head}
+    shapes = {kind: {name: list(p.shape) for name, p in module.named_parameters()} for kind, module in kinds.items()}
+    return create(path, spec, Probe(shapes, 0, {}, {}))
+
+
+@dataclass
+class Done:
+    summary: dict[str, Any]
+    session: Session
+    visited: list[tuple[int, int]]
+
+    @property
+    def digest(self) -> str:
+        return self.summary["digest"]
+
+
+def train_on(
+    path: Path,
+    dataset: Dataset,
+    *,
+    choice: Choice = KEEP,
+    device: str = "cpu",
+    blocks: Sequence[int] | None = None,
+    visits: int | None = None,
+    stop_after: int | None = None,
+) -> Done:
+    """Goes on with the session in ``path``, opened anew; ``stop_after`` optimizer steps it is interrupted."""
+    session = Session.open(path)
+    plan = Plan(PLENTY_BYTES, 0, 0, {}, choice, 0.0, 0, 0, 1)
+    visited: list[tuple[int, int]] = []
+    summary = train(
+        session, plan, dataset, device, visits=visits,
+        blocks=list(range(session.spec.num_blocks)) if blocks is None else blocks,
+        on_report=lambda report: visited.append((report.block, report.step)),
+        stop=lambda: stop_after is not None and len(visited) >= stop_after,
+    )  # fmt: skip
+    again = Session.open(path)
+    assert again.store.verify().digest == summary["digest"] == again.store.digest()
+    return Done(summary, again, visited)
+
+
+def complete(path: Path, spec: Spec, dataset: Dataset, **how: Any) -> Done:
+    new_session(path, spec)
+    return train_on(path, dataset, **how)
+
+
+def tensors(session: Session, stage: Stage, role: str) -> dict[str, np.ndarray]:
+    layout = stage.layout(session.shapes)
+    data = bytearray(layout.section_bytes(role))
+    session.store.read(stage.name, role, memoryview(data))
+    return {
+        t.name: np.frombuffer(data, np.float32, t.nbytes // 4, layout.offset(role, t.name)).reshape(t.shape).copy()
+        for t in layout.tensors
+    }
+
+
+def state(session: Session) -> dict[str, bytes]:
+    """Every current section of a session, moments included."""
+    return {
+        f"{stage.name} {role} {name}": array.tobytes()
+        for members in groups(session.spec).values()
+        for stage in members
+        for role in ("weight", "m", "v")
+        for name, array in tensors(session, stage, role).items()
+    }
+
+
+def slot_bytes(path: Path, prefix: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted((path / "stages").glob(f"{prefix}*"))}
+
+
+SPECS = {
+    "calibrated": small(),
+    "paper": paper(),
+    "auxiliary": small(diffusion_blocks__auxiliary=0.5),
+    "frozen stem": small(diffusion_blocks__stem="frozen"),
+    "shared stem": small(diffusion_blocks__stem="shared"),
+    "live codebook": small(diffusion_blocks__codebook="shared"),
+    "uneven": small(model__depth=5, diffusion_blocks__num_blocks=3),
+}
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def reference(request, tmp_path_factory, digits) -> tuple[Spec, dict[str, bytes], str]:
+    """A spec, and what training it plainly and without a stop ends with."""
+    spec = SPECS[request.param]
+    done = complete(tmp_path_factory.mktemp("reference") / "s", spec, digits)
+    assert done.summary["status"] == "complete"
+    return spec, state(done.session), done.digest
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
+def test_activations_and_device_change_no_bit(reference, activations, device, digits, tmp_path):
+    spec, expected, digest = reference
+    done = complete(tmp_path / "s", spec, digits, choice=Choice(8, activations, True), device=device)
+    assert done.summary["activations"] == activations
+    assert done.summary["retries"] == 0
+    assert (done.summary["offloaded_bytes"] > 0) == (activations == "offload")
+    assert state(done.session) == expected, "moments are sums of gradients: they would show any difference"
+    assert done.digest == digest
+
+
+@pytest.mark.parametrize("activations", ["keep", "offload"])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_streamed_moments_change_no_bit(reference, device, activations, digits, tmp_path):
+    spec, expected, digest = reference
+    done = complete(tmp_path / "s", spec, digits, choice=Choice(8, activations, False), device=device)
+    assert state(done.session) == expected
+    assert done.digest == digest
+
+
+def test_interrupted_after_any_step_and_resumed(reference, digits, tmp_path):
+    spec, expected, digest = reference
+    path = tmp_path / "s"
+    total = spec.train.steps * spec.num_blocks
+    for stop_after in range(1, total):
+        shutil.rmtree(path, ignore_errors=True)
+        first = complete(path, spec, digits, stop_after=stop_after, choice=Choice(8, "keep", stop_after % 2 == 0))
+        assert first.summary["status"] == "interrupted"
+        assert len(first.visited) == stop_after
+        second = train_on(path, digits, choice=Choice(8, "recompute", stop_after % 3 == 0))
+        assert len(first.visited) + len(second.visited) == total, "no step is done twice"
+        assert second.summary["status"] == "complete"
+        assert state(second.session) == expected, f"interrupted after {stop_after} steps"
+        assert second.digest == digest
+
+
+def test_stopped_after_every_single_step(reference, digits, tmp_path):
+    spec, _, digest = reference
+    path = tmp_path / "s"
+    new_session(path, spec)
+    for _ in range(spec.train.steps * spec.num_blocks):
+        done = train_on(path, digits, stop_after=1, choice=Choice(8, "keep", False))
+    assert done.summary["status"] == "complete"
+    assert done.digest == digest
+
+
+@pytest.mark.parametrize("moments_resident", [True, False])
+def test_commits_in_the_midst_of_a_visit_change_no_bit(reference, moments_resident, digits, tmp_path, monkeypatch):
+    spec, expected, _ = reference
+    monkeypatch.setattr(engine_module, "_COMMIT_EVERY_S", -1.0)
+    done = complete(tmp_path / "s", spec, digits, choice=Choice(8, "keep", moments_resident))
+    assert state(done.session) == expected
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending"])
+@pytest.mark.parametrize("visit_steps", [1, 3, 7])
+def test_with_private_stems_visits_change_no_bit(visit_steps, order, digits, tmp_path):
+    expected = complete(tmp_path / "plain", small(train__steps=7), digits)
+    spec = small(train__steps=7, train__visit_steps=visit_steps, train__order=order)
+    done = complete(tmp_path / "s", spec, digits)
+    assert done.visited != expected.visited
+    assert state(done.session) == state(expected.session)
+
+
+def test_blocks_one_at_a_time_change_no_bit(digits, tmp_path):
+    expected = complete(tmp_path / "plain", small(), digits)
+    new_session(tmp_path / "s", small())
+    first = train_on(tmp_path / "s", digits, blocks=[1])
+    assert first.summary["status"] == "partial"
+    assert {block for block, _ in first.visited} == {1}
+    train_on(tmp_path / "s", digits, blocks=[0], visits=1)
+    done = train_on(tmp_path / "s", digits, blocks=[0])
+    assert done.summary["status"] == "complete"
+    assert done.digest == expected.digest
+
+
+def test_two_copies_put_together_are_one_session(digits, tmp_path):
+    expected = complete(tmp_path / "plain", small(), digits)
+    one, other = tmp_path / "one", tmp_path / "other"
+    new_session(one, small())
+    shutil.copytree(one, other)
+    train_on(one, digits, blocks=[0])
+    train_on(other, digits, blocks=[1])
+    group = group_of_block(small(), 1)
+    shutil.copytree(other / "groups" / group, one / "groups" / group, dirs_exist_ok=True)
+    for file in (other / "stages").glob("block01.*"):
+        shutil.copy(file, one / "stages")
+    together = Session.open(one)
+    assert together.store.verify().digest == expected.digest
+    assert state(together) == state(expected.session)
+    assert train_on(one, digits).summary["status"] == "complete"
+
+
+def test_the_seed_and_the_order_of_shared_visits_do_change_the_result(digits, tmp_path):
+    """The control: the digest notices what it should."""
+    plain = complete(tmp_path / "plain", paper(), digits).digest
+    assert complete(tmp_path / "seed", paper(train__seed=1), digits).digest != plain
+    assert complete(tmp_path / "order", paper(train__visit_steps=1), digits).digest != plain
+    assert complete(tmp_path / "again", paper(), digits).digest == plain
+
+
+# ---------------------------------------------------------------------------------------- what a step changes
+
+
+def test_only_the_active_block_changes(digits, tmp_path):
+    path = tmp_path / "s"
+    new_session(path, small())
+    before = {prefix: slot_bytes(path, prefix) for prefix in ("block00", "block01", "codebook")}
+    manifest = path / "groups" / "block01" / "manifest.json"
+    manifest_before = manifest.read_bytes()
+    train_on(path, digits, blocks=[0])
+    after = {prefix: slot_bytes(path, prefix) for prefix in before}
+    assert after["block01"] == before["block01"], "weights and optimizer state, both slots"
+    assert after["codebook"] == before["codebook"]
+    assert manifest.read_bytes() == manifest_before
+    assert all(after["block00"][name] != data for name, data in before["block00"].items())
+
+
+@pytest.mark.parametrize("moments_resident", [True, False])
+def test_with_shared_stages_the_other_blocks_layers_stay(moments_resident, digits, tmp_path):
+    path = tmp_path / "s"
+    session = new_session(path, paper())
+    train_on(path, digits, visits=2, choice=Choice(8, "keep", moments_resident))  # one visit of each
+    before = state(Session.open(path))
+    done = train_on(path, digits, visits=1, choice=Choice(8, "keep", moments_resident))
+    (active,) = {block for block, _ in done.visited}
+    after = state(done.session)
+    changed = {name.split()[0] for name in before if before[name] != after[name]}
+    mine = {stage.name for stage in stages_of_block(session.spec, active)}
+    assert changed == mine
+    assert any(not name.startswith("block") for name in mine), "among them shared stages"
+
+
+def plain_learning_rate(spec: Spec, step: int) -> float:
+    total, peak = spec.train.steps, spec.optimizer.lr
+    warmup = max(1, round(0.05 * total))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.02 + 0.98 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+
+
+@pytest.mark.parametrize("preset", ["calibrated", "paper"])
+def test_a_block_trains_as_in_a_plain_torch_loop(preset, digits, tmp_path):
+    spec = small(
+        diffusion_blocks__preset=preset, diffusion_blocks__stem="private", diffusion_blocks__head="private",
+        diffusion_blocks__codebook="frozen", train__steps=6, optimizer__weight_decay=0.3, optimizer__lr=3e-3,
+    )  # fmt: skip
+    session = new_session(tmp_path / "s", spec)
+    block = build_modules(spec, build_family(spec), 1)
+    modules = [block.codebook, block.stem, *block.layers, block.head]
+    stages = stages_of_block(spec, 1)
+    for stage, module in zip(stages, modules, strict=True):
+        module.to_empty(device="cpu")
+        for name, array in tensors(session, stage, "weight" if stage.trained else "frozen").items():
+            parameter = module.get_parameter(name)
+            parameter.data.copy_(torch.from_numpy(array))
+            parameter.requires_grad_(stage.trained)
+    named = [(n, p) for module in modules for n, p in module.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    optimizer = torch.optim.AdamW([
+        {"params": [p for n, p in named if n.endswith(".weight")], "weight_decay": 0.3},
+        {"params": [p for n, p in named if not n.endswith(".weight")], "weight_decay": 0.0},
+    ])  # fmt: skip
+    objective = DiffusionBlocks(spec, batches_of(spec, digits))
+    norms = []
+    for step in range(spec.train.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = plain_learning_rate(spec, step)
+        drawn = {name: torch.from_numpy(array) for name, array in objective.draw(1, step, 0, 8).items()}
+        optimizer.zero_grad()
+        objective.loss(block, drawn, Keep()).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
+        optimizer.step()
+    assert max(norms) > 1, "or clipping is not tested"
+    engine_steps = run_engine(session, objective.batches, 1, spec.train.steps)
+    assert [step.gradient_norm for step in engine_steps] == pytest.approx(norms, rel=1e-3)
+    for stage, module in zip(stages, modules, strict=True):
+        for name, array in tensors(session, stage, "weight" if stage.trained else "frozen").items():
+            expected = module.get_parameter(name).detach().numpy()
+            np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5, err_msg=f"{stage.name} {name}")
+
+
+def test_micro_batches_add_up_to_the_batch(digits, tmp_path):
+    """The first moment after one step is the gradient times 1 - beta1."""
+    found = {}
+    for micro_batch in (8, 4, 3, 1):
+        path = tmp_path / str(micro_batch)
+        spec = small(train__micro_batch=micro_batch, optimizer__clip=1e9)
+        new_session(path, spec)
+        session = train_on(path, digits, stop_after=1, choice=Choice(micro_batch, "keep", True)).session
+        stages = [stage for stage in stages_of_block(spec, 1) if stage.trained]
+        found[micro_batch] = [(n, a) for stage in stages for n, a in tensors(session, stage, "m").items()]
+    assert max(abs(a).max() for _, a in found[8]) > 1e-3
+    for micro_batch in (4, 3, 1):
+        for (name, array), (_, expected) in zip(found[micro_batch], found[8], strict=True):
+            np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6, err_msg=name)
+
+
+# --------------------------------------------------------------------------------------------- what goes wrong
+
+
+def batches_of(spec: Spec, dataset: Dataset, spoilt: Callable[[int], bool] = lambda step: False) -> Any:
+    """Plain batches in the data's order; those of ``spoilt`` steps hold one infinite pixel."""
+
+    def batches(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
+        start = (step * spec.train.batch_size + first) % 1000
+        images, labels = dataset.read(np.arange(start, start + count))
+        images = to_float(images)
+        if spoilt(step):
+            images[-1, 0, 3, 3] = np.inf
+        return images, labels
+
+    return batches
+
+
+def run_engine(session: Session, batches: Any, block: int, num_steps: int, choice: Choice = KEEP) -> list[Any]:
+    """One visit."""
+    steps: list[Any] = []
+    with session.store.lock([group_of_block(session.spec, block)]):
+        engine = Engine(
+            session, devices.open_device("cpu", session.scratch), choice, DiffusionBlocks(session.spec, batches)
+        )
+        engine.warm_up()
+        engine.visit(block, num_steps, steps.append)
+        session.store.flush()
+    return steps
+
+
+@pytest.mark.parametrize("micro_batch", [8, 3])
+@pytest.mark.parametrize("moments_resident", [True, False])
+def test_a_step_with_an_infinite_pixel_is_skipped_and_recorded(moments_resident, micro_batch, digits, tmp_path):
+    spec = small(train__steps=6, train__micro_batch=micro_batch)
+    session = new_session(tmp_path / "s", spec)
+    choice = Choice(micro_batch, "keep", moments_resident)
+    before = run_engine(session, batches_of(spec, digits), 0, 2, choice)
+    at_two = state(session)
+    (skipped,) = run_engine(session, batches_of(spec, digits, lambda step: step == 2), 0, 1, choice)
+    assert all(step.loss is not None for step in before)
+    assert skipped.loss is None
+    session = Session.open(tmp_path / "s")
+    progress = session.progress(0)
+    assert (progress.step, progress.skipped, progress.updates) == (3, (2,), 2)
+    assert progress.loss == before[-1].loss
+    assert state(session) == at_two, "weights and moments are as before"
+    (after,) = run_engine(session, batches_of(spec, digits), 0, 1, choice)
+    assert math.isfinite(after.loss)
+    assert session.progress(0).updates == 3
+    assert Session.open(tmp_path / "s").store.verify().digest == session.store.digest()
+
+
+@pytest.mark.parametrize("moments_resident", [True, False])
+def test_a_skipped_step_inside_a_visit(moments_resident, digits, tmp_path):
+    """The same result as with the visit cut before and after it."""
+    spec, choice = small(train__steps=6), Choice(8, "keep", moments_resident)
+    spoilt = batches_of(spec, digits, lambda step: step == 2)
+    whole = new_session(tmp_path / "whole", spec)
+    steps = run_engine(whole, spoilt, 0, 5, choice)
+    assert [step.loss is None for step in steps] == [False, False, True, False, False]
+    parts = new_session(tmp_path / "parts", spec)
+    run_engine(parts, spoilt, 0, 4)
+    run_engine(parts, spoilt, 0, 1)
+    assert state(whole) == state(parts)
+    assert whole.progress(0) == parts.progress(0)
+
+
+def test_a_lost_loss_raises_and_leaves_the_session_resumable(digits, tmp_path):
+    spec = small(train__steps=30)
+    session = new_session(tmp_path / "s", spec)
+    run_engine(session, batches_of(spec, digits), 0, 3)
+    committed = state(session)
+    with pytest.raises(TrainingDiverged, match="block 0 diverged") as caught:
+        run_engine(session, batches_of(spec, digits, lambda step: step >= 5), 0, 20)
+    assert caught.value.exit_code == 9
+    assert "0.01" in str(caught.value), "names the learning rate"
+    session = Session.open(tmp_path / "s")
+    assert state(session) == committed
+    assert session.progress(0).step == 3
+    run_engine(session, batches_of(spec, digits), 0, 3)
+    assert session.progress(0).step == 6
+
+
+@pytest.mark.parametrize("visit_steps", [50, 4])
+def test_an_exploding_loss_raises(visit_steps, digits, tmp_path):
+    """With short visits too: the run of bad steps goes on from one to the next."""
+    spec = small(optimizer__lr=1e6, train__steps=100, train__visit_steps=visit_steps, diffusion_blocks__num_blocks=1)
+    new_session(tmp_path / "s", spec)
+    with pytest.raises(TrainingDiverged):
+        train_on(tmp_path / "s", digits)
+    session = Session.open(tmp_path / "s")
+    assert session.store.verify().digest == session.store.digest()
+    session.change(small(train__steps=100, train__visit_steps=2, diffusion_blocks__num_blocks=1))
+    assert train_on(tmp_path / "s", digits, stop_after=2).summary["status"] == "interrupted"
+
+
+def test_a_second_training_of_one_block_is_locked_out(digits, tmp_path):
+    session = new_session(tmp_path / "s", small())
+    with session.store.lock(["block00"]):
+        with pytest.raises(SessionLocked, match="block00"):
+            train_on(tmp_path / "s", digits, blocks=[0])
+        assert train_on(tmp_path / "s", digits, blocks=[1]).summary["digest"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model__width": 32}, {"train__batch_size": 16}, {"train__seed": 3}, {"diffusion_blocks__num_blocks": 4},
+        {"diffusion_blocks__sigma_max": 30.0}, {"data__shift": 0}, {"train__micro_batch": 4}, {"train__steps": 1},
+    ],
+)  # fmt: skip
+def test_what_decided_the_past_cannot_be_changed(changes, digits, tmp_path):
+    path = tmp_path / "s"
+    new_session(path, small())
+    session = train_on(path, digits, stop_after=5).session
+    text = (path / "spec.toml").read_text()
+    with pytest.raises(UsageError):
+        session.change(small(**changes))
+    assert (path / "spec.toml").read_text() == text
+
+
+def test_more_steps_and_another_learning_rate_are_taken(digits, tmp_path):
+    path = tmp_path / "s"
+    session = complete(path, small(), digits).session
+    session.change(small(train__steps=6, optimizer__lr=1e-3))
+    done = train_on(path, digits)
+    assert done.summary["status"] == "complete"
+    assert done.summary["step"] == 6
+    assert len(done.visited) == 4
+
+
+def test_visits_follow_from_the_counters():
+    spec = small(train__steps=5, train__visit_steps=2, model__depth=6, diffusion_blocks__num_blocks=3)
+    done, made = [0, 0, 0], []
+    while (following := next_visit(spec, done, range(3))) is not None:
+        block, steps = following
+        made.append((block, steps))
+        done[block] += steps
+    assert done == [5, 5, 5]
+    assert [block for block, _ in made] == [2, 1, 0] * 3, "sigma ascends, and a cycle ends on block 0"
+    assert [steps for _, steps in made] == [2] * 6 + [1] * 3
+    assert next_visit(spec, [4, 4, 3], range(3)) == (2, 1), "a block in the midst of a visit goes on first"
+    assert next_visit(spec, [0, 4, 4], [1, 2]) == (2, 1)
+    descending = small(train__order="descending")
+    assert next_visit(descending, [0, 0], range(2)) == (0, 2)
+
+
+# ------------------------------------------------------------------------------------ in a process of its own
+
+_PRELUDE = """
+import json, sys
+from devices import limits
+limits.prepare_process(1)
+import torch
+torch.set_num_threads(1)
+import tests.test_engine as t
+from pathlib import Path
+folder = Path(sys.argv[1])
+digits = t.open_dataset("digits", "train", folder)
+"""
+
+
+def in_a_process(code: str, folder: Path) -> Any:
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", _PRELUDE + code, str(folder)],
+        capture_output=True, text=True, check=False, cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+_SHORT_OF_MEMORY = """
+spec = t.small(model__width=64, model__depth=6, diffusion_blocks__num_blocks=1, train__batch_size=192,
+               train__micro_batch=192, train__steps=2)
+
+def run(name, kind, room_bytes=None):
+    from devices import meter
+    session = t.new_session(folder / name, spec)
+    device = t.devices.open_device("cpu", session.scratch)
+    with session.store.lock(["block00"]):
+        objective = t.DiffusionBlocks(spec, t.batches_of(spec, digits))
+        engine = t.Engine(session, device, t.Choice(192, kind, True), objective)
+        engine.warm_up()
+        if room_bytes is not None:
+            limits.set_data_limit(meter.usage().data_bytes + room_bytes)
+        steps = []
+        try:
+            engine.visit(0, 2, steps.append)
+            session.store.flush()
+        finally:
+            limits.lift_data_limit()
+    session = t.Session.open(folder / name)
+    return {"digest": session.store.verify().digest, "retries": engine.retries, "steps": len(steps),
+            "kind": type(engine.activations).__name__, "micro_batches": session.progress(0).micro_batches,
+            "losses": [step.loss for step in steps]}
+
+"""
+
+
+def test_short_of_memory_it_recomputes_with_the_same_result(tmp_path):
+    code = 'print(json.dumps([run("free", "keep"), run("tight", "keep", 72 << 20)]))'
+    free, tight = in_a_process(_SHORT_OF_MEMORY + code, tmp_path)
+    assert (free["kind"], free["retries"]) == ("Keep", 0)
+    assert (tight["kind"], tight["retries"]) == ("Recompute", 1), "the limit has to be hit"
+    assert tight["micro_batches"] == [[0, 192]]
+    assert tight["digest"] == free["digest"]
+    assert tight["steps"] == 2
+
+
+def test_still_short_of_memory_it_halves_the_micro_batch_durably(tmp_path):
+    code = 'print(json.dumps([run("free", "keep"), run("tight", "keep", 20 << 20)]))'
+    free, tight = in_a_process(_SHORT_OF_MEMORY + code, tmp_path)
+    sizes = [size for _, size in tight["micro_batches"]]
+    assert sizes[:2] == [192, 96]
+    assert sizes == [-(-192 // 2**i) for i in range(len(sizes))]
+    assert all(step == 0 for step, _ in tight["micro_batches"])
+    assert tight["steps"] == 2
+    assert tight["losses"] == pytest.approx(free["losses"], rel=1e-4), "another rounding, the same training"
+
+
+def test_training_imports_no_compiler_stack(tmp_path):
+    """sympy and torch._dynamo would cost some 70 MiB of the budget."""
+    code = """
+for name, kind in (("k", "keep"), ("r", "recompute"), ("o", "offload")):
+    t.complete(folder / name, t.paper() if kind == "recompute" else t.small(), digits, choice=t.Choice(8, kind, False))
+print(json.dumps(sorted(m for m in sys.modules if m in ("sympy", "torch._dynamo", "torch._inductor", "onnx"))))
+"""
+    assert in_a_process(code, tmp_path) == []
