@@ -1,8 +1,11 @@
 """The budget holds, and the plan is right: many trainings, each measured from outside against what was planned.
 
-Every cell asks ``edgetrain plan`` in a process of its own, then trains two visits of three steps and measures the
-process tree. To show: no peak above its budget; planned within 5 % of measured; what is refused trains at the budget
-that the refusal names, at most 5 % above the peak it has then; at most 15 % of the cells from 400 MiB on are refused.
+Every cell asks ``edgetrain plan`` in a process of its own, which probes afresh, then trains two visits of three steps
+and measures the process tree of each. Training finds the probe's result in the cache; what the tree takes while it
+probes is the column "probing", counted below the table and no part of "measured".
+
+To show: no peak above its budget; planned within 5 % of measured; what is refused trains at the budget that the refusal
+names, at most 5 % above the peak it has then; at most 15 % of the cells from 400 MiB on are refused.
 
 The cells are a seeded draw (``draw_cells``), the same each time, none picked or left out; every second one has its
 micro-batch forced. Images are 32x32x1, in patches of 8 where width times batch is more than 16384, else of 4, so that
@@ -115,11 +118,13 @@ def main() -> None:
         data = write_idx(folder / "data", 32)
         for number, cell in enumerate(cells):
             budget = cell.budget_mib * MIB
+            shutil.rmtree(folder / "cache", ignore_errors=True)
             plan = edgetrain(folder, "plan", *cell.arguments(data, budget), "--threads", str(options.threads))
             refused = plan.exit_code == INFEASIBLE
             large += cell.budget_mib >= 400
             large_refused += refused and cell.budget_mib >= 400
-            probes_above += plan.peak_bytes > budget
+            probing = plan.peak_bytes
+            probes_above += probing > budget
             if refused:
                 code = train(folder, data, cell, budget, options.threads).exit_code
                 budget = plan.named_budget_bytes
@@ -147,7 +152,7 @@ def main() -> None:
                 cell.batch_size,
                 f"{choice.get('micro_batch')}" + (" forced" if cell.micro_batch else ""),
                 cell.width, cell.depth, cell.depth // cell.layers, chosen,
-                mib(planned), mib(done.peak_bytes), f"{ratio:.3f}", changed,
+                mib(probing), mib(planned), mib(done.peak_bytes), f"{ratio:.3f}", changed,
                 ("yes" if good else "NO") + (f" (exit {done.exit_code})" if done.exit_code else ""),
             ])  # fmt: skip
             progress(f"{number + 1}/{len(cells)} {done.seconds:.0f} s {rows[-1]}")
@@ -155,15 +160,15 @@ def main() -> None:
                 progress(f"{done.value or done.stderr[-500:]} {plan.stderr[-500:]}")
     report(
         options.out, f"Budget: {len(cells)} cells",
-        ["budget MiB", "batch", "micro", "width", "depth", "blocks", "choice", "plan MiB", "measured MiB",
-         "plan/measured", "retries", "ok"],
+        ["budget MiB", "batch", "micro", "width", "depth", "blocks", "choice", "probing MiB", "plan MiB",
+         "measured MiB", "plan/measured", "retries", "ok"],
         rows,
         f"peaks above the budget: {above} (to be 0); trainings that failed: {failed} (to be 0)",
         f"worst error of the plan: {100 * max(errors, default=0):.1f} % (at most 5)",
         f"refused of the {large} cells from 400 MiB on: {100 * large_refused / max(1, large):.0f} % (at most 15)",
         "worst named budget over measured peak: "
         f"{max(named_ratios, default=0):.3f}, of {len(named_ratios)} (at most 1.05)",
-        f"plans whose own probe went above the budget: {probes_above}",
+        f"cells that went above the budget while probing: {probes_above}",
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The plan: memory by owner, predicted before any work, and the choices that follow from it. No torch here.
 
-A probe (``edgetrain.probe``, a process of its own, cached by what it depends on) measures what a step of one and of two
+A probe (``edgetrain.probe``, a process of its own, cached by what it depends on) measures what a step of one to three
 layers needs at two micro-batches. Bytes and seconds are linear in both: four numbers predict every depth and batch.
 """
 
@@ -45,40 +45,50 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A quantity as ``base + per_example * micro_batch + layers * (per_layer + per_layer_example * micro_batch)``."""
+class Curve:
+    """What a step of 1, 2, 3 layers took at some micro-batches: ``points[layers - 1]`` are (micro_batch, value), ascending.
 
-    base: float
-    per_example: float
-    per_layer: float
-    per_layer_example: float
+    A peak is the largest of several phases (all activations at the end of forward, gradients in the midst of backward),
+    each linear in the micro-batch and in the layers: a convex function, so the steepest of its secants go on.
+    """
+
+    points: Sequence[Sequence[tuple[int, float]]]
 
     def at(self, layers: int, micro_batch: int) -> float:
-        rest = self.per_layer + self.per_layer_example * micro_batch
-        return max(0.0, self.base + self.per_example * micro_batch + layers * rest)
+        """The peak of ``layers`` layers at ``micro_batch``."""
+        values = [self._through(points, micro_batch) for points in self.points]
+        beyond = max(0, layers - len(values))
+        return max(0.0, values[min(layers, len(values)) - 1] + beyond * (values[-1] - values[-2]))
 
-    @classmethod
-    def through(cls, small: int, large: int, measured: Mapping[tuple[int, int], float]) -> Fit:
-        """From the values at 1 and 2 layers and at two micro-batches."""
-        slope = {n: (measured[n, large] - measured[n, small]) / (large - small) for n in (1, 2)}
-        start = {n: measured[n, small] - slope[n] * small for n in (1, 2)}
-        per_layer_example, per_layer = slope[2] - slope[1], start[2] - start[1]
-        return cls(start[1] - per_layer, slope[1] - per_layer_example, per_layer, per_layer_example)
+    @staticmethod
+    def _through(points: Sequence[tuple[int, float]], micro_batch: int) -> float:
+        lines = [
+            low + (high - low) * (micro_batch - small) / (large - small)
+            for (small, low), (large, high) in zip(points, points[1:], strict=False)
+        ]
+        return max(lines)
+
+    def rate(self, layers: int) -> float:
+        """Per example, at the largest micro-batch."""
+        values = [points[-1][1] / points[-1][0] for points in self.points]
+        return max(0.0, values[0] + (layers - 1) * (values[-1] - values[0]) / (len(values) - 1))
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: the process's memory before any block, and steps by activations policy."""
+    """What was measured: the process's memory before any block, and the peak and time of steps by activations policy."""
 
     shapes: Shapes
     runtime_bytes: int
-    step_bytes: Mapping[str, Fit]
-    step_s: Mapping[str, Fit]
+    step_bytes: Mapping[str, Curve]
+    step_s: Mapping[str, Curve]
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Probe:
-        fits = {name: {kind: Fit(**fit) for kind, fit in value[name].items()} for name in ("step_bytes", "step_s")}
-        return cls(value["shapes"], value["runtime_bytes"], **fits)
+        curves = {
+            name: {kind: Curve(points) for kind, points in value[name].items()} for name in ("step_bytes", "step_s")
+        }
+        return cls(value["shapes"], value["runtime_bytes"], **curves)
 
 
 @dataclass(frozen=True)
@@ -145,20 +155,15 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
             for moments_resident in (True, False):
                 owners = {"runtime": probe.runtime_bytes, **buffer_bytes(layouts, moments_resident)}
                 owners["activations"] = round(probe.step_bytes[kind].at(layers, micro_batch))
-                fit = probe.step_s[kind]
-                pieces = -(-batch_size // micro_batch)
                 # Recomputing and offloading only add work, whatever noise the probe's clock had.
-                slower = max(1.0, fit.at(layers, micro_batch) / max(1e-9, probe.step_s["keep"].at(layers, micro_batch)))
-                keep = probe.step_s["keep"]
-                seconds = pieces * max(0.0, keep.base + layers * keep.per_layer) + batch_size * max(
-                    0.0, keep.per_example + layers * keep.per_layer_example
-                )
+                per_example = max(probe.step_s[name].rate(layers) for name in {"keep", kind})
                 moved = 0 if moments_resident else 4 * owners["weights"]
-                yield (
-                    Choice(micro_batch, kind, moments_resident),
-                    owners,
-                    seconds * slower + moved / _CACHED_BYTES_PER_S,
-                )
+                seconds = batch_size * per_example + moved / _CACHED_BYTES_PER_S
+                # Small pieces cost what a fuller one would have shared; measured by the smallest probe.
+                smallest, smallest_s = probe.step_s["keep"].points[0][0]
+                overhead = max(0.0, smallest_s - smallest * probe.step_s["keep"].rate(1))
+                seconds += (-(-batch_size // micro_batch) - 1) * overhead
+                yield Choice(micro_batch, kind, moments_resident), owners, seconds
 
 
 def _splits(batch_size: int) -> list[int]:
@@ -237,4 +242,4 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 1
+_PROBE_VERSION = 2

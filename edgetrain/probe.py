@@ -33,7 +33,7 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
     from edgetrain.models import build_family
     from edgetrain.objectives.base import Block
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
-    from edgetrain.plan import ACTIVATIONS, Fit
+    from edgetrain.plan import ACTIVATIONS
     from edgetrain.resident import Resident
     from edgetrain.stages import largest_block
 
@@ -50,18 +50,21 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
     augmentation = Augmentation(spec.data.shift, spec.data.flip)
     token_bytes = 4 * model.width * model.num_patches
     small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
+    # Another phase of the step has the peak once activations outgrow the gradient of a weight: measured beyond that.
+    large = max(small, math.ceil(1.2 * model.width / model.num_patches))
+    micro_batches = sorted({small, 2 * small, large, 2 * large})
     family = build_family(spec)
     with tempfile.TemporaryDirectory() as scratch:
         device = devices.open_device(device_kind, Path(scratch))
         shapes: dict[str, dict[str, list[int]]] = {}
-        byte_points: dict[str, dict[tuple[int, int], float]] = {kind: {} for kind in ACTIVATIONS}
-        second_points: dict[str, dict[tuple[int, int], float]] = {kind: {} for kind in ACTIVATIONS}
-        for layers in (1, 2):
+        step_bytes: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
+        step_s: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
+        for layers in (1, 2, 3):
             one = dataclasses.replace(
                 spec,
                 model=dataclasses.replace(model, depth=layers),
                 diffusion_blocks=dataclasses.replace(spec.diffusion_blocks, num_blocks=1),
-                train=dataclasses.replace(spec.train, batch_size=2 * small, micro_batch=0),
+                train=dataclasses.replace(spec.train, batch_size=micro_batches[-1], micro_batch=0),
             )
             meta = build_modules(one, family, 0)
             kinds = {"codebook": meta.codebook, "stem": meta.stem, "layer": meta.layers[0], "head": meta.head}
@@ -70,7 +73,9 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
             block = bind(resident, one, shapes, family, 0)
             _overlay_gradients(block)
 
-            def batches(index: int, step: int, first: int, count: int, size: int = 2 * small) -> tuple[object, object]:
+            def batches(
+                index: int, step: int, first: int, count: int, size: int = micro_batches[-1]
+            ) -> tuple[object, object]:
                 return batch(
                     data, seed=0, stage=index, step=step, batch_size=size, first=first, count=count,
                     augmentation=augmentation,
@@ -95,23 +100,23 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
 
             warm_up_kernels(device)
             for kind, policy in policies.items():
-                for micro_batch in (small, 2 * small):
+                step_bytes[kind].append([])
+                step_s[kind].append([])
+                for micro_batch in micro_batches:
                     run(policy, micro_batch)
                     before = meter.usage().resident_bytes
                     meter.reset_peak()
                     began = time.perf_counter()
                     run(policy, micro_batch)
-                    second_points[kind][layers, micro_batch] = time.perf_counter() - began
-                    byte_points[kind][layers, micro_batch] = meter.usage().peak_bytes - before
+                    step_s[kind][-1].append((micro_batch, time.perf_counter() - began))
+                    step_bytes[kind][-1].append((micro_batch, meter.usage().peak_bytes - before))
         overlaid = max(math.prod(s) * 4 for tensors in shapes.values() for s in tensors.values())
         runtime_bytes = meter.usage().resident_bytes - overlaid
     return {
         "shapes": shapes,
         "runtime_bytes": runtime_bytes,
-        "step_bytes": {
-            k: dataclasses.asdict(Fit.through(small, 2 * small, points)) for k, points in byte_points.items()
-        },
-        "step_s": {k: dataclasses.asdict(Fit.through(small, 2 * small, p)) for k, p in second_points.items()},
+        "step_bytes": step_bytes,
+        "step_s": step_s,
     }
 
 

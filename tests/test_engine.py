@@ -26,6 +26,7 @@ from edgetrain.errors import SessionLocked, TrainingDiverged, UsageError
 from edgetrain.models import build_family
 from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
 from edgetrain.plan import Choice, Plan, Probe
+from edgetrain.sampling import accuracies, readouts
 from edgetrain.session import Session
 from edgetrain.spec import Spec, resolve
 from edgetrain.stages import Stage, group_of_block, groups, stages_of_block
@@ -137,17 +138,21 @@ def slot_bytes(path: Path, prefix: str) -> dict[str, bytes]:
 
 
 SPECS = {
-    "calibrated": small(),
-    "paper": paper(),
+    "calibrated": small(train__steps=3),
+    "paper": paper(train__steps=3),
+    "uneven": small(model__depth=5, diffusion_blocks__num_blocks=3, train__steps=2),
     "auxiliary": small(diffusion_blocks__auxiliary=0.5),
     "frozen stem": small(diffusion_blocks__stem="frozen"),
     "shared stem": small(diffusion_blocks__stem="shared"),
     "live codebook": small(diffusion_blocks__codebook="shared"),
-    "uneven": small(model__depth=5, diffusion_blocks__num_blocks=3),
 }
+FAST = ("calibrated", "paper", "uneven")
 
 
-@pytest.fixture(scope="module", params=SPECS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in SPECS],
+)
 def reference(request, tmp_path_factory, digits) -> tuple[Spec, dict[str, bytes], str]:
     """A spec, and what training it plainly and without a stop ends with."""
     spec = SPECS[request.param]
@@ -334,9 +339,24 @@ def test_a_block_trains_as_in_a_plain_torch_loop(preset, digits, tmp_path):
     engine_steps = run_engine(session, objective.batches, 1, spec.train.steps)
     assert [step.gradient_norm for step in engine_steps] == pytest.approx(norms, rel=1e-3)
     for stage, module in zip(stages, modules, strict=True):
-        for name, array in tensors(session, stage, "weight" if stage.trained else "frozen").items():
-            expected = module.get_parameter(name).detach().numpy()
+        for name, found in tensors(session, stage, "weight" if stage.trained else "frozen").items():
+            array, expected = found, module.get_parameter(name).detach().numpy()
+            if name == "qkv.bias":  # softmax cancels a bias of the keys: its gradient is rounding, which Adam blows up
+                array, expected = np.delete(array, np.s_[16:32]), np.delete(expected, np.s_[16:32])
             np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5, err_msg=f"{stage.name} {name}")
+
+
+def test_a_short_training_learns_and_evaluates(digits, tmp_path):
+    spec = small(
+        model__width=32, train__steps=150, train__batch_size=32, train__micro_batch=32, train__visit_steps=25,
+        data__shift=0, optimizer__lr=5e-3,
+    )  # fmt: skip
+    session = complete(tmp_path / "s", spec, digits, choice=Choice(32, "keep", True)).session
+    test = open_dataset("digits", "test", tmp_path)
+    found = accuracies(session, devices.open_device("cpu"), test, readouts(2, None, 2), 64)
+    assert min(found.values()) > 50, "ten classes"
+    again = accuracies(session, devices.open_device("emulated"), test, readouts(2, None, 2), 64)
+    assert again == found
 
 
 def test_micro_batches_add_up_to_the_batch(digits, tmp_path):

@@ -1,0 +1,104 @@
+"""Export needs little memory: a model of 500 MB emitted as ONNX, measured in a process of its own.
+
+Weights are random and the model is not trained: emission does not depend on that. Comparing the export with the
+session (``parity``) is no part of it. To show: ``emit_peak_bytes`` at most 60 MiB, 3 seconds. ``published`` is the time
+until the files are durable and in place, which is the disk's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common import mib, parser, progress, report, temporary_folder
+
+if TYPE_CHECKING:
+    from edgetrain.stages import Stage
+    from edgetrain.store.layout import TensorSpec
+
+_CHILD = """
+import json, sys, time
+from pathlib import Path
+from edgetrain.session import Session
+from exporters import onnx
+session, to, single_file = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "1"
+began = time.perf_counter()
+with onnx.stage(Session.open(session), to, single_file) as staged:
+    emitted = time.perf_counter() - began
+    export = staged.publish()
+    published = time.perf_counter() - began
+print(json.dumps({
+    "emitted": emitted, "published": published, "emit_peak_bytes": export.emit_peak_bytes,
+    "bytes": sum(path.stat().st_size for path in export.files), "torch": "torch" in sys.modules,
+}))
+"""
+
+
+def make_session(path: Path, width: int, depth: int) -> int:
+    """A session with random weights; their number."""
+    import math
+
+    import numpy as np
+    import torch
+
+    from edgetrain.engine import build_modules
+    from edgetrain.models import build_family
+    from edgetrain.session import Session
+    from edgetrain.spec import resolve
+
+    model = {"width": width, "depth": depth, "heads": 8, "patch": 4, "image_shape": [1, 32, 32], "num_classes": 10}
+    blocks = depth // 2
+    spec = resolve({"model": model, "diffusion_blocks": {"num_blocks": blocks}, "train": {"micro_batch": 8}})
+    with torch.device("meta"):
+        block = build_modules(spec, build_family(spec), 0)
+    kinds = {"codebook": block.codebook, "stem": block.stem, "layer": block.layers[0], "head": block.head}
+    shapes = {kind: {n: list(p.shape) for n, p in m.named_parameters()} for kind, m in kinds.items()}
+    generator = np.random.default_rng(0)
+
+    def initial(stage: Stage, tensor: TensorSpec) -> Any:
+        return generator.standard_normal(tensor.shape, np.float32) * np.float32(tensor.shape[-1] ** -0.5)
+
+    Session.create(path, spec, shapes, initial)
+    sizes = {kind: sum(math.prod(shape) for shape in tensors.values()) for kind, tensors in shapes.items()}
+    return sizes["codebook"] + depth * sizes["layer"] + blocks * (sizes["stem"] + sizes["head"])
+
+
+def main() -> None:
+    made = parser(__doc__)
+    options = made.parse_args()
+    width, depth = (128, 8) if options.quick else (512, 24)
+    rows: list[list[object]] = []
+    with temporary_folder() as folder:
+        parameters = make_session(folder / "session", width, depth)
+        progress(f"width {width}, {depth} layers: {4 * parameters / 1e6:.0f} MB of weights")
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        for name, single in (("a graph for each block", "0"), ("a single file", "1")):
+            for repeat in ("cold", "warm"):
+                command = [
+                    sys.executable,
+                    "-c",
+                    _CHILD,
+                    str(folder / "session"),
+                    str(folder / f"model{single}"),
+                    single,
+                ]
+                done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    raise SystemExit(done.stderr)
+                value = json.loads(done.stdout)
+                rows.append([
+                    name, repeat, f"{value['bytes'] / 1e6:.0f}", mib(value["emit_peak_bytes"]),
+                    f"{value['emitted']:.2f}", f"{value['published']:.2f}", "yes" if value["torch"] else "no",
+                ])  # fmt: skip
+    report(
+        options.out, f"Export of {4 * parameters / 1e6:.0f} MB of weights",
+        ["layout", "run", "MB written", "emit_peak MiB", "emitted s", "published s", "torch imported"], rows,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Imports point down only, and nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.devices.subprocesses import run_python
+
+ROOT = Path(__file__).parents[1]
+NO_TORCH = ("store", "noise", "randomness", "data", "spec", "errors", "units", "stages", "pieces", "plan", "session")
+# From the bottom up: a module imports from its own layer and from those before it.
+LAYERS = (
+    ("", "errors", "units"),
+    ("noise", "randomness", "store", "data"),
+    ("spec",),
+    ("stages", "pieces"),
+    ("models", "optim", "activations", "resident", "objectives"),
+    ("plan", "governor", "session"),
+    ("engine", "probe"),
+    ("sampling", "training"),
+    ("cli",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imported(path: Path) -> set[str]:
+    """The full names of all modules that a file imports, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def tops(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def test_devices_and_exporters_stand_below_or_beside():
+    for path in (ROOT / "devices").glob("**/*.py"):
+        assert not tops(path) & {"edgetrain", "exporters"}, path
+    for path in (ROOT / "edgetrain").glob("**/*.py"):
+        if "cli" not in path.parts:
+            assert "exporters" not in tops(path), path
+
+
+def test_imports_point_down():
+    found = 0
+    for path in (ROOT / "edgetrain").glob("**/*.py"):
+        own = path.relative_to(ROOT / "edgetrain").parts[0].removesuffix(".py")
+        own = "" if own == "__init__" else own
+        if own not in RANK:  # beside the training: what exports or reports
+            continue
+        for name in imported(path):
+            top, _, rest = name.partition(".")
+            other = rest.partition(".")[0]
+            if top == "edgetrain" and other in RANK:
+                found += 1
+                assert RANK[other] <= RANK[own], f"{path} imports {name}"
+    assert found > 50
+
+
+@pytest.mark.parametrize("name", NO_TORCH)
+def test_no_torch_below(name):
+    assert run_python(f"import sys, edgetrain.{name}; print('torch' in sys.modules)").strip() == "False"
+
+
+def test_devices_without_torch():
+    code = "import sys, devices, devices.limits, devices.meter; print('torch' in sys.modules)"
+    assert run_python(code).strip() == "False"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_the_front_page_imports_neither_numpy_nor_torch(arguments):
+    code = f"""
+import sys
+sys.argv = ["edgetrain", *{arguments}]
+from edgetrain.cli.main import run
+try:
+    run()
+except SystemExit as done:
+    assert not done.code
+print([m for m in ("numpy", "torch", "onnx", "onnxruntime", "PIL", "rich", "psutil") if m in sys.modules])
+"""
+    assert run_python(code).splitlines()[-1] == "[]"
