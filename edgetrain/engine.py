@@ -93,6 +93,7 @@ class Engine:
         self.resident = Resident(device, largest_block(self.spec, session.shapes), choice.moments_resident)
         self.activations = self._activations(choice.activations)
         self.retries = 0
+        self._bad_steps: dict[int, int] = {}  # in a row, of each block: visits may be shorter than a divergence
 
     def _activations(self, kind: str) -> Activations:
         if kind == "keep":
@@ -121,7 +122,7 @@ class Engine:
     ) -> BlockProgress:
         """Up to ``num_steps`` optimizer steps on ``block``, committed at the end and at least once a minute.
 
-        The last commit goes on in the background; ``store.flush`` waits for it.
+        The last commit goes on beside the next visit; ``store.flush`` waits for it.
 
         Raises:
             BudgetBroken: memory ran out and there was nothing left to give up.
@@ -130,12 +131,11 @@ class Engine:
         """
         store = self.session.store
         group = group_of_block(self.spec, block)
-        store.flush()
         transaction = store.transaction(group)
         progress = self.session.progress(block)
         modules = bind(self.resident, self.spec, self.session.shapes, self.family, block)
         self.resident.load(store)
-        bad_steps, last_commit, end = 0, time.monotonic(), progress.step + num_steps
+        last_commit, end = time.monotonic(), progress.step + num_steps
         try:
             while progress.step < end and not stop():
                 if time.monotonic() - last_commit > _COMMIT_EVERY_S:
@@ -148,7 +148,7 @@ class Engine:
                     continue
                 skipped = progress.skipped if done.loss is not None else (*progress.skipped, done.step)
                 bad = done.loss is None or done.loss > _HOPELESS_LOSS * math.log(max(2, self.spec.model.num_classes))
-                bad_steps = bad_steps + 1 if bad else 0
+                bad_steps = self._bad_steps[block] = self._bad_steps.get(block, 0) + 1 if bad else 0
                 if bad_steps >= _MAX_BAD_STEPS:
                     raise TrainingDiverged(
                         f"block {block} diverged: the loss of the last {bad_steps} steps, up to step {done.step}, was "
@@ -161,7 +161,7 @@ class Engine:
                 )
                 on_step(done)
             if progress != self.session.progress(block):
-                self.resident.save(transaction)
+                self._save(transaction, block, progress)
                 transaction.commit_async(self.session.group_state(block, progress))
         finally:
             transaction.discard()
@@ -169,10 +169,14 @@ class Engine:
 
     def _commit(self, transaction: Transaction, block: int, progress: BlockProgress) -> Transaction:
         """Commits in the midst of a visit, and begins the next transaction."""
-        if progress.step > self.session.progress(block).step:
-            self.resident.save(transaction)
+        self._save(transaction, block, progress)
         transaction.commit(self.session.group_state(block, progress))
         return self.session.store.transaction(group_of_block(self.spec, block))
+
+    def _save(self, transaction: Transaction, block: int, progress: BlockProgress) -> None:
+        """Writes the block back, unless every step since the last commit was skipped: then nothing changed."""
+        if progress.updates > self.session.progress(block).updates:
+            self.resident.save(transaction)
 
     def _step(self, block: Block, transaction: Transaction, progress: BlockProgress) -> Step | BlockProgress:
         """One optimizer step; or, if only a smaller micro-batch fits, the progress with that noted and no step."""

@@ -37,6 +37,12 @@ class NoiseSchedule:
             raise UsageError(f"sigma_min {self.sigma_min} and sigma_max {self.sigma_max} are no range of noise levels")
         if self.p_std <= 0 or self.overlap < 0 or self.num_blocks < 1:
             raise UsageError("p_std must be positive, overlap at least 0, and there must be a block")
+        if not 0 < self.quantile(self.sigma_min) < self.quantile(self.sigma_max) < 1:
+            raise UsageError(
+                f"sigma from {self.sigma_min} to {self.sigma_max} has no probability under p_mean {self.p_mean} and "
+                f"p_std {self.p_std}",
+                "Choose them so that ln(sigma) spreads over p_mean give or take a few p_std.",
+            )
 
     def quantile(self, sigma: float) -> float:
         """q(sigma) = Phi((ln sigma - P_mean) / P_std)."""

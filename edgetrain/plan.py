@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -46,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a step of 1, 2, 3 layers took at some micro-batches: ``points[layers - 1]`` are (micro_batch, value), ascending.
+    """What steps of 1, 2 and 3 layers took: ``points[layers - 1]`` are (micro_batch, value), ascending.
 
     A peak is the largest of several phases (all activations at the end of forward, gradients in the midst of backward),
     each linear in the micro-batch and in the layers: a convex function, so the steepest of its secants go on.
@@ -64,7 +65,7 @@ class Curve:
     def _through(points: Sequence[tuple[int, float]], micro_batch: int) -> float:
         lines = [
             low + (high - low) * (micro_batch - small) / (large - small)
-            for (small, low), (large, high) in zip(points, points[1:], strict=False)
+            for (small, low), (large, high) in itertools.pairwise(points)
         ]
         return max(lines)
 
@@ -76,7 +77,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: the process's memory before any block, and the peak and time of steps by activations policy."""
+    """What was measured: the process's memory before any block; peaks and times of steps by activations policy."""
 
     shapes: Shapes
     runtime_bytes: int
@@ -213,7 +214,15 @@ def probe(spec: Spec, device: str, num_threads: int) -> Probe:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     command: Sequence[str] = [sys.executable, "-m", "edgetrain.probe", device, str(num_threads)]
-    child = subprocess.run(command, input=to_toml(spec), capture_output=True, text=True, check=False)
+    child = subprocess.run(
+        command,
+        input=to_toml(spec),
+        capture_output=True,
+        text=True,
+        check=False,
+        # In a session of its own a Ctrl-C of the terminal does not reach it: the command decides what to do.
+        start_new_session=True,
+    )
     if child.returncode != 0:
         raise EdgetrainError(f"the probe failed with exit code {child.returncode}: {child.stderr.strip()[-500:]}")
     value = json.loads(child.stdout)

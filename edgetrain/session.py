@@ -136,8 +136,8 @@ class Session:
             )
         return cls(path, spec, header["shapes"], store)
 
-    def change(self, spec: Spec) -> None:
-        """Replaces the spec, durably, where the difference is one that a session survives.
+    def check_change(self, spec: Spec) -> None:
+        """Whether the spec may be replaced: the difference must be one that a session survives.
 
         Raises:
             UsageError: a key differs that decides what was trained already, or fewer steps than are done.
@@ -152,7 +152,11 @@ class Session:
         done = max(self.progress(block).step for block in range(spec.num_blocks))
         if spec.train.steps < done:
             raise UsageError(f"{done} steps are trained already, more than the {spec.train.steps} asked for")
-        if changed:
+
+    def change(self, spec: Spec) -> None:
+        """Replaces the spec, durably, after ``check_change``. Only under the locks of what is going to be trained."""
+        self.check_change(spec)
+        if spec != self.spec:
             _write(self.path / "spec.toml", to_toml(spec))
             self.spec = spec
 

@@ -142,7 +142,9 @@ class OptimizerSpec:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip"):
             _require(0 < getattr(self, name) < math.inf, f"optimizer.{name} must be positive")
-        for name in ("beta1", "beta2", "warmup", "final_lr"):
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1")
+        for name in ("warmup", "final_lr"):
             _require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must lie between 0 and 1")
         _require(self.weight_decay >= 0, "optimizer.weight_decay must be at least 0")
 
@@ -224,6 +226,7 @@ def resolve(recipe: Mapping[str, Any], changes: Changes | None = None) -> Spec:
     if "diffusion_blocks" in merged:
         written = merged["diffusion_blocks"]
         preset = written.get("preset", "calibrated")
+        _require(isinstance(preset, str), f"diffusion_blocks.preset is {preset!r}, which is no name")
         _known(preset, PRESETS, "preset")
         merged["diffusion_blocks"] = {**PRESETS[preset], **written}
     return Spec(**{table: _build(_TABLES[table], table, merged.get(table, {})) for table in _TABLES})
@@ -248,7 +251,8 @@ def _build(cls: type, table: str, keys: Mapping[str, Any]) -> Any:
 def _checked(dotted: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
-        _require(value in choices, f"{dotted} is {value!r}", f"It must be one of {', '.join(map(repr, choices))}.")
+        fits = any(type(value) is type(choice) and value == choice for choice in choices)
+        _require(fits, f"{dotted} is {value!r}", f"It must be one of {', '.join(map(repr, choices))}.")
         return value
     if typing.get_origin(hint) is tuple:
         good = isinstance(value, (list, tuple)) and all(type(item) is int and item > 0 for item in value)

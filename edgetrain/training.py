@@ -75,6 +75,7 @@ def create(path: Path, spec: Spec, probe: Probe) -> Session:
 
 def train(
     session: Session,
+    spec: Spec,
     plan: Plan,
     dataset: Dataset,
     device_kind: str,
@@ -86,6 +87,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains until all is done, ``visits`` visits are made, or ``stop`` says so; returns the summary.
 
+    ``spec`` is the session's, or what it is to become.
+
     Raises:
         SessionLocked, DiskError, BudgetBroken, TrainingDiverged: the session stays resumable.
     """
@@ -94,7 +97,6 @@ def train(
     from edgetrain.governor import Governor
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
 
-    spec = session.spec
     augmentation = Augmentation(spec.data.shift, spec.data.flip)
 
     def batches(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
@@ -106,6 +108,7 @@ def train(
     began = time.monotonic()
     store = session.store
     with store.lock({group_of_block(spec, block) for block in blocks}):
+        session.change(spec)
         session.write_plan(plan.to_json())
         device = devices.open_device(device_kind, session.scratch)
         engine = Engine(session, device, plan.choice, DiffusionBlocks(spec, batches))

@@ -316,7 +316,7 @@ def test_a_session_of_a_newer_format(place, session):
         assert "newer" in place.fails(4, name, session)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b'{"version": 1}', b"\xff\xfe"])
 @pytest.mark.parametrize("file", ["session.json", "groups/block00/manifest.json"])
 def test_a_damaged_header_or_manifest(place, session, file, content):
     (session / file).write_bytes(content)

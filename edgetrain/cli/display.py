@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgetrain.plan import Plan
-from edgetrain.training import Report
 from edgetrain.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from edgetrain.plan import Plan
+    from edgetrain.training import Report
 
 _EVERY_S = 0.2
 

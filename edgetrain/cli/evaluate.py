@@ -39,6 +39,7 @@ def command(
     Example:
       edgetrain evaluate my-session --json
     """
+    options.check_device(device)
     from edgetrain.session import Session
     from edgetrain.store.disk import disk_errors
 
@@ -52,6 +53,8 @@ def command(
     options.start_torch(threads)
     import devices
     from devices import meter
+    from devices.limits import is_out_of_memory
+    from edgetrain.errors import BudgetBroken
     from edgetrain.governor import Governor
     from edgetrain.sampling import accuracies, readouts
 
@@ -59,7 +62,14 @@ def command(
     micro_batch = min(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
     opened = devices.open_device(device)
     with Governor(budget).hold(_OWN_STEP_BYTES):
-        values = accuracies(found, opened, dataset, rows, micro_batch)
+        try:
+            values = accuracies(found, opened, dataset, rows, micro_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BudgetBroken(
+                f"evaluating needs more than {budget} bytes of memory: {error}", "Raise --memory-budget."
+            ) from error
     results = [
         {"metric": "accuracy", "value": values[row.name], "readout": row.name, "split": split,
          "num_examples": dataset.num_examples}

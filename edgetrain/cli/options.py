@@ -84,6 +84,15 @@ def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
     return replace(spec, model=model), dataset
 
 
+def check_device(kind: str) -> None:
+    """Raises UsageError if this machine has no such device."""
+    import devices
+
+    there = ["auto", *(profile.kind for profile in devices.available()), "emulated"]
+    if kind not in there:
+        raise UsageError(f"this machine has no device {kind!r}", f"There are: {', '.join(there)}.")
+
+
 def start_torch(num_threads: int) -> None:
     """Imports torch the way that the limits rely on."""
     from devices.limits import prepare_process

@@ -39,6 +39,7 @@ def command(
     Example:
       edgetrain plan --recipe vit-digits --memory-budget 350MiB
     """
+    options.check_device(device)
     from edgetrain import plan as planning
     from edgetrain.session import Session
     from edgetrain.units import format_bytes

@@ -53,6 +53,7 @@ def command(
       edgetrain train s --blocks 0,2 --visits 4
     """
     stopping = _stop_on_signals()
+    options.check_device(device)
     from edgetrain import plan as planning
     from edgetrain.session import Session
     from edgetrain.spec import parse_changes, resolve
@@ -75,6 +76,7 @@ def command(
             base = _with_recipe(base, recipe)
         spec = resolve(base, changes)
         budget = options.saved_budget(found, budget)
+        found.check_change(spec)
     chosen = _blocks(blocks, spec.num_blocks)
     with disk_errors(session):
         (session / "scratch").mkdir(parents=True, exist_ok=True)
@@ -84,16 +86,17 @@ def command(
         largest = max(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
         current = replace(spec, train=replace(spec.train, micro_batch=largest))
         plan = planning.make_plan(current, measured, budget, threads, activations)
-        found.change(spec)
     else:
         plan = planning.make_plan(spec, measured, budget, threads, activations)
         spec = replace(spec, train=replace(spec.train, micro_batch=plan.choice.micro_batch))
+    if stopping():
+        raise click.Abort
     options.start_torch(threads)
     if found is None:
         found = create(session, spec, measured)
     with Display(plan, quiet=not sys.stderr.isatty()) as display:
         summary = train(
-            found, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping
+            found, spec, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping
         )
     options.emit(summary, as_json, lambda: _text(summary))
     if summary["status"] == "interrupted":
@@ -122,12 +125,22 @@ def _as_tables(spec: Any) -> dict[str, Any]:
 
 
 def _with_recipe(tables: dict[str, Any], recipe: str) -> dict[str, Any]:
-    """What the session has, with the recipe's keys over it: they must agree, which ``Session.change`` checks."""
-    from edgetrain.spec import load_recipe
+    """What the session has, with the recipe's keys over it, which must agree: ``Session.check_change`` tells.
+
+    What may change on a session stays as it is: there only --set, --steps and --data change it.
+    """
+    from edgetrain.spec import RESUMABLE_KEYS, RESUMABLE_TABLES, load_recipe
 
     given = load_recipe(recipe)
-    given.get("data", {}).pop("source", None)
-    return {table: {**keys, **given.get(table, {})} for table, keys in tables.items()}
+    return {
+        table: keys
+        | {
+            key: value
+            for key, value in given.get(table, {}).items()
+            if table not in RESUMABLE_TABLES and f"{table}.{key}" not in RESUMABLE_KEYS
+        }
+        for table, keys in tables.items()
+    }
 
 
 def _blocks(text: str | None, num_blocks: int) -> list[int]:
