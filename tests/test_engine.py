@@ -97,7 +97,7 @@ def train_on(
     plan = Plan(PLENTY_BYTES, 0, 0, {}, choice, 0.0, 0, 0, 1)
     visited: list[tuple[int, int]] = []
     summary = train(
-        session, plan, dataset, device, visits=visits,
+        session, session.spec, plan, dataset, device, visits=visits,
         blocks=list(range(session.spec.num_blocks)) if blocks is None else blocks,
         on_report=lambda report: visited.append((report.block, report.step)),
         stop=lambda: stop_after is not None and len(visited) >= stop_after,
