@@ -97,8 +97,9 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     """Median seconds a step of each arm, and the largest relative difference of a visit's last loss."""
     import devices
     from edgetrain import plan as planning
-    from edgetrain.data import Augmentation, batch, open_dataset
+    from edgetrain.data import open_dataset
     from edgetrain.engine import Engine
+    from edgetrain.objectives.base import training_batches
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
     from edgetrain.spec import load_recipe, resolve
     from edgetrain.stages import group_of_block
@@ -112,15 +113,12 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     probe = planning.probe(spec, "cpu", threads)
     choice = planning.make_plan(spec, probe, _BUDGET_BYTES, threads, "keep").choice
     session = create(folder / "session", spec, probe)
-    augmentation = Augmentation(spec.data.shift, spec.data.flip)
-
-    def batches(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
-        return batch(
-            dataset, seed=spec.train.seed, stage=block, step=step, batch_size=spec.train.batch_size, first=first,
-            count=count, augmentation=augmentation,
-        )  # fmt: skip
-
-    engine = Engine(session, devices.open_device("cpu", session.scratch), choice, DiffusionBlocks(spec, batches))
+    engine = Engine(
+        session,
+        devices.open_device("cpu", session.scratch),
+        choice,
+        DiffusionBlocks(spec, training_batches(spec, dataset)),
+    )
     blocks = range(spec.num_blocks)
     plain = {arm: [Plain(session, engine, block) for block in blocks] for arm in _ARMS[1:]}
     seconds: dict[str, list[float]] = {arm: [] for arm in _ARMS}

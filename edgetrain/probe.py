@@ -28,10 +28,10 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
 
     import devices
     from edgetrain.activations import Activations, Keep, Offload, Recompute
-    from edgetrain.data import Augmentation, Dataset, batch
+    from edgetrain.data import Dataset
     from edgetrain.engine import bind, build_modules, warm_up_kernels
     from edgetrain.models import build_family
-    from edgetrain.objectives.base import Block
+    from edgetrain.objectives.base import Block, training_batches
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
     from edgetrain.plan import ACTIVATIONS
     from edgetrain.resident import Resident
@@ -47,7 +47,6 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
     model = spec.model
     channels, height, width = model.image_shape
     data = Noise("noise", "train", 1 << 20, (channels, height, width), tuple(map(str, range(model.num_classes))))
-    augmentation = Augmentation(spec.data.shift, spec.data.flip)
     token_bytes = 4 * model.width * model.num_patches
     small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
     # Another phase of the step has the peak once activations outgrow the gradient of a weight: measured beyond that.
@@ -73,15 +72,7 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
             block = bind(resident, one, shapes, family, 0)
             _overlay_gradients(block)
 
-            def batches(
-                index: int, step: int, first: int, count: int, size: int = micro_batches[-1]
-            ) -> tuple[object, object]:
-                return batch(
-                    data, seed=0, stage=index, step=step, batch_size=size, first=first, count=count,
-                    augmentation=augmentation,
-                )  # fmt: skip
-
-            objective = DiffusionBlocks(one, batches)
+            objective = DiffusionBlocks(one, training_batches(one, data))
             tier = devices.Tier.DISK if device.capabilities.host_addressable else devices.Tier.HOST
             policies: dict[str, Activations] = {
                 "keep": Keep(),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from devices import meter
-from edgetrain.data import Augmentation, Dataset, batch
+from edgetrain.data import Dataset
 from edgetrain.plan import Plan, Probe
 from edgetrain.session import Session
 from edgetrain.spec import Spec
@@ -95,15 +95,8 @@ def train(
     import devices
     from edgetrain.engine import Engine, Step
     from edgetrain.governor import Governor
+    from edgetrain.objectives.base import training_batches
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
-
-    augmentation = Augmentation(spec.data.shift, spec.data.flip)
-
-    def batches(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
-        return batch(
-            dataset, seed=spec.train.seed, stage=block, step=step, batch_size=spec.train.batch_size, first=first,
-            count=count, augmentation=augmentation,
-        )  # fmt: skip
 
     began = time.monotonic()
     store = session.store
@@ -111,7 +104,7 @@ def train(
         session.change(spec)
         session.write_plan(plan.to_json())
         device = devices.open_device(device_kind, session.scratch)
-        engine = Engine(session, device, plan.choice, DiffusionBlocks(spec, batches))
+        engine = Engine(session, device, plan.choice, DiffusionBlocks(spec, training_batches(spec, dataset)))
         engine.warm_up()
         governor = Governor(plan.budget_bytes)
         done = {block: session.progress(block) for block in range(spec.num_blocks)}

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgetrain.activations import Activations
+from edgetrain.data import Augmentation, Dataset, batch
 from edgetrain.models.base import Layer
+from edgetrain.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -38,3 +40,22 @@ class Objective(abc.ABC):
 
 Batches = Callable[[int, int, int, int], tuple[Any, Any]]
 """(block, step, first, count) -> images (count, C, H, W) float32 in [-1, 1] and labels (count,)."""
+
+
+def training_batches(spec: Spec, dataset: Dataset) -> Batches:
+    """Reads a spec's training batches from a data set, in the spec's order and with its augmentation."""
+    augmentation = Augmentation(spec.data.shift, spec.data.flip)
+
+    def read(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
+        return batch(
+            dataset,
+            seed=spec.train.seed,
+            stage=block,
+            step=step,
+            batch_size=spec.train.batch_size,
+            first=first,
+            count=count,
+            augmentation=augmentation,
+        )
+
+    return read
