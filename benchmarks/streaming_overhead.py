@@ -101,6 +101,7 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     from edgetrain.engine import Engine
     from edgetrain.objectives.base import training_batches
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+    from edgetrain.probe import measure
     from edgetrain.spec import load_recipe, resolve
     from edgetrain.stages import group_of_block
     from edgetrain.training import create
@@ -110,7 +111,7 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     changes = {"model.width": width, "train.visit_steps": length, "train.steps": 100_000, "train.micro_batch": 64}
     known = {"model.image_shape": list(dataset.image_shape), "model.num_classes": dataset.num_classes}
     spec = resolve(load_recipe("vit-digits"), {**changes, **known})
-    probe = planning.probe(spec, "cpu", threads)
+    probe = planning.Probe.from_json(measure(spec, "cpu", _BUDGET_BYTES))
     choice = planning.make_plan(spec, probe, _BUDGET_BYTES, threads, "keep").choice
     session = create(folder / "session", spec, probe)
     engine = Engine(

@@ -1,7 +1,7 @@
 """The plan: memory by owner, predicted before any work, and the choices that follow from it. No torch here.
 
-A probe (``edgetrain.probe``, a process of its own, cached by what it depends on) measures what a step of one to three
-layers needs at two micro-batches. Bytes and seconds are linear in both: four numbers predict every depth and batch.
+A probe (``edgetrain.probe``, cached by what it depends on) measures what a step of one to three layers needs at a few
+micro-batches. Bytes and seconds are linear in both, phase by phase: that predicts every depth and batch.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import itertools
 import json
 import os
 import platform
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -21,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from edgetrain import __version__
-from edgetrain.errors import BudgetInfeasible, EdgetrainError
+from edgetrain.errors import BudgetInfeasible
 from edgetrain.pieces import buffer_bytes
-from edgetrain.spec import Spec, to_toml
+from edgetrain.spec import Spec
 from edgetrain.stages import Shapes, frozen, groups, largest_block
 from edgetrain.units import MIB, format_bytes
 
@@ -33,6 +31,7 @@ ACTIVATIONS = ("keep", "recompute", "offload")
 # of which training uses some 4, and a fit has an error.
 _MARGIN_BYTES = 6 * MIB
 _MARGIN_OF_ACTIVATIONS = 0.015
+_SAME_TIME = 1.05  # what the probe's clock cannot tell apart
 _CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
 
 
@@ -77,19 +76,28 @@ class Curve:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured: the process's memory before any block; peaks and times of steps by activations policy."""
+    """What was measured: the process's memory before any block; peaks and times of steps by activations policy.
+
+    ``budget_bytes``: measurements that would have exceeded it were left out; None if there were none.
+    ``own_bytes``: the peak of those that are always made, below which no budget can be kept.
+    """
 
     shapes: Shapes
+    budget_bytes: int | None
+    own_bytes: int
     runtime_bytes: int
     step_bytes: Mapping[str, Curve]
     step_s: Mapping[str, Curve]
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Probe:
-        curves = {
-            name: {kind: Curve(points) for kind, points in value[name].items()} for name in ("step_bytes", "step_s")
-        }
-        return cls(value["shapes"], value["runtime_bytes"], **curves)
+        def curves(name: str) -> dict[str, Curve]:
+            return {kind: Curve(points) for kind, points in value[name].items()}
+
+        return cls(
+            value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
+            curves("step_bytes"), curves("step_s"),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -117,9 +125,9 @@ def make_plan(spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, act
         BudgetInfeasible: there is none; names the largest owner, the smallest budget, and what lowers it most.
     """
     candidates = list(_candidates(spec, probe, activations))
-    smallest = min(_needed_bytes(owners) for _, owners, _ in candidates)
+    smallest = _smallest_budget_bytes(spec, probe, activations)
     fitting = [one for one in candidates if _needed_bytes(one[1]) <= budget_bytes]
-    if not fitting:
+    if budget_bytes < smallest:
         owners = min((owners for _, owners, _ in candidates), key=_needed_bytes)
         largest = max(owners, key=lambda name: owners[name])
         raise BudgetInfeasible(
@@ -128,9 +136,9 @@ def make_plan(spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, act
             f"{format_bytes(owners[largest])}",
             f"Use --memory-budget {-(-smallest // MIB)}MiB" + _best_knob(spec, probe, activations, smallest),
         )
-    # Equal times within a few per cent are noise: then the first, which splits and moves least.
+    # Between equal times the first, which splits and moves least.
     fastest = min(seconds for _, _, seconds in fitting)
-    choice, owners, seconds = next(one for one in fitting if one[2] <= 1.03 * fastest)
+    choice, owners, seconds = next(one for one in fitting if one[2] <= _SAME_TIME * fastest)
     trained = sum(t.section_bytes("weight") for t in largest_block(spec, probe.shapes) if t.trained)
     return Plan(
         budget_bytes=budget_bytes,
@@ -177,6 +185,10 @@ def _needed_bytes(owners: Mapping[str, int]) -> int:
     return sum(owners.values()) + _MARGIN_BYTES + round(_MARGIN_OF_ACTIVATIONS * owners["activations"])
 
 
+def _smallest_budget_bytes(spec: Spec, probe: Probe, activations: str | None) -> int:
+    return max(probe.own_bytes, min(_needed_bytes(owners) for _, owners, _ in _candidates(spec, probe, activations)))
+
+
 def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int) -> str:
     """The one setting that lowers the smallest budget most."""
     knobs: dict[str, Spec] = {}
@@ -185,10 +197,7 @@ def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int)
         knobs[f"diffusion_blocks.num_blocks={spec.model.depth}"] = replace(spec, diffusion_blocks=method)
     if spec.train.micro_batch > 1:
         knobs["train.micro_batch=1"] = replace(spec, train=replace(spec.train, micro_batch=1))
-    needed = {
-        text: min(_needed_bytes(owners) for _, owners, _ in _candidates(other, probe, activations))
-        for text, other in knobs.items()
-    }
+    needed = {text: _smallest_budget_bytes(other, probe, activations) for text, other in knobs.items()}
     text = min(needed, key=lambda name: needed[name], default=None)
     if text is None or needed[text] >= smallest:
         return ", or a smaller model.width."
@@ -202,38 +211,35 @@ def session_bytes(spec: Spec, shapes: Shapes) -> int:
     return total + sum(stage.layout(shapes).section_bytes("frozen") for stage in frozen(spec))
 
 
-def probe(spec: Spec, device: str, num_threads: int) -> Probe:
-    """Measures, in a child process, or takes the measurement from the cache.
+def save_probe(spec: Spec, device: str, num_threads: int, measured: Mapping[str, Any]) -> Probe:
+    """Keeps what ``edgetrain.probe`` measured for later plans, if the cache can be written.
 
     Raises:
-        EdgetrainError: the child failed; its last words are passed on.
+        KeyError, TypeError: it is no such measurement.
     """
-    path = _cache_folder() / f"{_cache_key(spec, device, num_threads)}.json"
-    try:
-        return Probe.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    command: Sequence[str] = [sys.executable, "-m", "edgetrain.probe", device, str(num_threads)]
-    child = subprocess.run(
-        command,
-        input=to_toml(spec),
-        capture_output=True,
-        text=True,
-        check=False,
-        # In a session of its own a Ctrl-C of the terminal does not reach it: the command decides what to do.
-        start_new_session=True,
-    )
-    if child.returncode != 0:
-        raise EdgetrainError(f"the probe failed with exit code {child.returncode}: {child.stderr.strip()[-500:]}")
-    value = json.loads(child.stdout)
+    made = Probe.from_json(measured)
+    path = _cache_path(spec, device, num_threads)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(value))
+        aside.write_text(json.dumps(measured))
         aside.replace(path)
     except OSError:
         pass  # a cache that cannot be written costs a probe at the next start, no more
-    return Probe.from_json(value)
+    return made
+
+
+def saved_probe(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe | None:
+    """The measurement in the cache, None without one that saw as much of the budget as this needs."""
+    try:
+        found = Probe.from_json(json.loads(_cache_path(spec, device, num_threads).read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if found.budget_bytes is None or found.budget_bytes >= budget_bytes else None
+
+
+def _cache_path(spec: Spec, device: str, num_threads: int) -> Path:
+    return _cache_folder() / f"{_cache_key(spec, device, num_threads)}.json"
 
 
 def _cache_folder() -> Path:
@@ -251,4 +257,4 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 2
+_PROBE_VERSION = 3

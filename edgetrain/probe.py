@@ -1,28 +1,27 @@
-"""Measures what a training step needs: run as a process of its own, ``python -m edgetrain.probe DEVICE THREADS``.
+"""Measures what a training step needs, in a process that does nothing else.
 
-Reads a spec (TOML) from standard input and prints a ``plan.Probe`` as JSON. The probe itself stays small: weights are
-never written, so they are the kernel's one page of zeros, and all gradients lie over each other in one buffer.
+The probe itself stays small: weights are never written, so they are the kernel's one page of zeros, all gradients lie
+over each other in one buffer, and what would not fit into the budget is not tried.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import sys
 import tempfile
 import time
-import tomllib
 from pathlib import Path
 
-from devices import limits, meter
-from edgetrain.spec import Spec, resolve
+from devices import meter
+from edgetrain.spec import Spec
 
-_SMALLEST_TENSOR_BYTES = 256 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
+_SMALLEST_TENSOR_BYTES = 128 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
+_ALWAYS_MEASURED = 2  # layers, and micro-batches: the least that a line can be drawn through
+_REPEATS = 3  # of a step; memory does not vary, the machine's mood does
 
 
-def measure(spec: Spec, device_kind: str) -> dict[str, object]:
-    """The fields of a ``plan.Probe``."""
+def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object]:
+    """The fields of a ``plan.Probe``. ``limits.prepare_process`` comes first, and torch's number of threads."""
     import numpy as np
     import torch
 
@@ -58,6 +57,7 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
         shapes: dict[str, dict[str, list[int]]] = {}
         step_bytes: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
         step_s: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
+        left_out, own_bytes = False, 0
         for layers in (1, 2, 3):
             one = dataclasses.replace(
                 spec,
@@ -93,18 +93,36 @@ def measure(spec: Spec, device_kind: str) -> dict[str, object]:
             for kind, policy in policies.items():
                 step_bytes[kind].append([])
                 step_s[kind].append([])
-                for micro_batch in micro_batches:
+                for number, micro_batch in enumerate(micro_batches):
+                    before = meter.usage().resident_bytes
+                    optional = layers > _ALWAYS_MEASURED or number >= _ALWAYS_MEASURED
+                    if optional:
+                        # In proportion to a smaller one: more than it takes, since some of that is constant.
+                        tried = [(m, b * layers / of) for of, row in enumerate(step_bytes[kind], 1) for m, b in row]
+                        expected = max(b * micro_batch / m for m, b in tried[-_ALWAYS_MEASURED:])
+                        if before + expected > budget_bytes:
+                            left_out = True
+                            break
                     run(policy, micro_batch)
+                    seconds = []
                     before = meter.usage().resident_bytes
                     meter.reset_peak()
-                    began = time.perf_counter()
-                    run(policy, micro_batch)
-                    step_s[kind][-1].append((micro_batch, time.perf_counter() - began))
-                    step_bytes[kind][-1].append((micro_batch, meter.usage().peak_bytes - before))
+                    for _ in range(_REPEATS):
+                        began = time.perf_counter()
+                        run(policy, micro_batch)
+                        seconds.append(time.perf_counter() - began)
+                    step_s[kind][-1].append((micro_batch, min(seconds)))
+                    peak = meter.usage().peak_bytes
+                    step_bytes[kind][-1].append((micro_batch, peak - before))
+                    own_bytes = own_bytes if optional else max(own_bytes, peak)
+                if len(step_bytes[kind][-1]) < _ALWAYS_MEASURED:
+                    del step_bytes[kind][-1], step_s[kind][-1]
         overlaid = max(math.prod(s) * 4 for tensors in shapes.values() for s in tensors.values())
         runtime_bytes = meter.usage().resident_bytes - overlaid
     return {
         "shapes": shapes,
+        "budget_bytes": budget_bytes if left_out else None,
+        "own_bytes": own_bytes,
         "runtime_bytes": runtime_bytes,
         "step_bytes": step_bytes,
         "step_s": step_s,
@@ -123,16 +141,3 @@ def _overlay_gradients(block: object) -> None:
     shared = torch.zeros(max(p.numel() for p in parameters), device=parameters[0].device)
     for parameter in parameters:
         parameter.grad = shared[: parameter.numel()].view(parameter.shape)
-
-
-def main() -> None:
-    device, num_threads = sys.argv[1], int(sys.argv[2])
-    limits.prepare_process(num_threads)
-    import torch
-
-    torch.set_num_threads(num_threads)
-    print(json.dumps(measure(resolve(tomllib.loads(sys.stdin.read())), device)))
-
-
-if __name__ == "__main__":
-    main()

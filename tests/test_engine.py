@@ -68,7 +68,7 @@ def new_session(path: Path, spec: Spec) -> Session:
     block = build_modules(spec, build_family(spec), 0)
     kinds = {"codebook": block.codebook, "stem": block.stem, "layer": block.layers[0], "head": block.head}
     shapes = {kind: {name: list(p.shape) for name, p in module.named_parameters()} for kind, module in kinds.items()}
-    return create(path, spec, Probe(shapes, 0, {}, {}))
+    return create(path, spec, Probe(shapes, None, 0, 0, {}, {}))
 
 
 @dataclass

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import click
 
 from edgetrain import __version__
 from edgetrain.errors import INTERRUPTED_EXIT_CODE, EdgetrainError
+
+T = TypeVar("T")
 
 COMMANDS = ("devices", "recipes", "plan", "train", "status", "verify", "evaluate", "export", "predict")
 
@@ -40,10 +45,15 @@ def main() -> None:
 
 
 def run() -> None:
-    """The console script: errors become their text on stderr and their exit code."""
-    as_json = "--json" in sys.argv
+    """The console script."""
+    guarded(lambda: main.main(standalone_mode=False), as_json="--json" in sys.argv)
+
+
+def guarded(work: Callable[[], T], as_json: bool) -> T:
+    """What ``work`` returns. Errors become text on stderr, with ``as_json`` an object on stdout, and an exit code."""
     try:
-        main.main(standalone_mode=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see cli/probe
+        return work()
     except EdgetrainError as error:
         _fail(type(error).__name__, error.message, error.hint, error.exit_code, as_json)
     except click.UsageError as error:
@@ -55,7 +65,7 @@ def run() -> None:
         sys.exit(done.exit_code)
 
 
-def _fail(kind: str, message: str, hint: str, exit_code: int, as_json: bool) -> None:
+def _fail(kind: str, message: str, hint: str, exit_code: int, as_json: bool) -> NoReturn:
     if as_json:
         click.echo(json.dumps({"error": kind, "message": message, "hint": hint, "exit_code": exit_code}))
     click.echo(f"edgetrain: {message}" + (f"\n{hint}" if hint else ""), err=True)

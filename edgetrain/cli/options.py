@@ -37,14 +37,17 @@ class ByteSize(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+def _num_cpus() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 SESSION = click.argument("session", type=click.Path(path_type=Path, file_okay=False))
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 BUDGET = click.option("--memory-budget", "budget", type=ByteSize(), help="Most resident memory, as in 350MiB.")
 DATA = click.option("--data", help="The data: a path, or 'digits' for the embedded set.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, jetson, mps, emulated or auto.")
-THREADS = click.option(
-    "--threads", type=click.IntRange(1), default=lambda: len(os.sched_getaffinity(0)), help="CPU threads.  [all cores]"
-)
+THREADS = click.option("--threads", type=click.IntRange(1), default=_num_cpus, help="CPU threads.  [all cores]")
 RECIPE = click.option("--recipe", help="A built-in recipe (see 'edgetrain recipes') or a TOML file.")
 SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
 ACTIVATIONS = click.option(

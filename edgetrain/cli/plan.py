@@ -41,6 +41,7 @@ def command(
     """
     options.check_device(device)
     from edgetrain import plan as planning
+    from edgetrain.cli.probe import probed
     from edgetrain.session import Session
     from edgetrain.units import format_bytes
 
@@ -59,7 +60,7 @@ def command(
             raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")
         with tempfile.TemporaryDirectory() as scratch:
             spec, _ = options.open_data(options.new_spec(recipe or "", data, None, assignments), "train", Path(scratch))
-    plan = planning.make_plan(spec, planning.probe(spec, device, threads), budget, threads, activations)
+    plan = planning.make_plan(spec, probed(spec, device, threads, budget), budget, threads, activations)
     per_step = plan.visit_written_bytes / spec.train.visit_steps
 
     def text() -> str:

@@ -55,6 +55,7 @@ def command(
     stopping = _stop_on_signals()
     options.check_device(device)
     from edgetrain import plan as planning
+    from edgetrain.cli.probe import probed
     from edgetrain.session import Session
     from edgetrain.spec import parse_changes, resolve
     from edgetrain.store.disk import disk_errors
@@ -81,7 +82,9 @@ def command(
     with disk_errors(session):
         (session / "scratch").mkdir(parents=True, exist_ok=True)
     spec, dataset = options.open_data(spec, "train", session / "scratch")
-    measured = planning.probe(spec, device, threads)
+    if stopping():
+        raise click.Abort
+    measured = probed(spec, device, threads, budget)
     if found is not None:
         largest = max(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
         current = replace(spec, train=replace(spec.train, micro_batch=largest))

@@ -1,0 +1,75 @@
+"""``python -m edgetrain.cli.probe REQUEST``: what a command turns into when no measurement is cached, and back.
+
+A probe needs nearly as much memory as a small training. Beside the command it would exceed the budget, so it takes the
+place of the command in the same process, and starts the command again with the result in its environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tomllib
+from collections.abc import Sequence
+from typing import NoReturn
+
+from edgetrain.cli.main import guarded
+from edgetrain.plan import Probe, save_probe, saved_probe
+from edgetrain.spec import Spec, resolve, to_toml
+
+_RESULT = "EDGETRAIN_PROBE"
+
+
+def probed(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe:
+    """The probe's measurement; without one this process ends here and begins again with it.
+
+    Nothing may be held that the end of a process would not release.
+    """
+    brought = json.loads(os.environ.pop(_RESULT, "null"))
+    if brought is not None and brought["request"] == _request(spec, device, num_threads, budget_bytes):
+        return save_probe(spec, device, num_threads, brought["measured"])
+    return saved_probe(spec, device, num_threads, budget_bytes) or _become_probe(
+        _request(spec, device, num_threads, budget_bytes)
+    )
+
+
+def _request(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> list[object]:
+    return [to_toml(spec), device, num_threads, budget_bytes]
+
+
+def _become_probe(request: list[object]) -> NoReturn:
+    text = json.dumps({"request": request, "command": sys.orig_argv[1:]})
+    _become(["-m", "edgetrain.cli.probe", text])
+
+
+def _become(arguments: Sequence[str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A Ctrl-C waits until the other is ready for it: ``guarded`` lets it through.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    os.execv(sys.executable, [sys.executable, *arguments])
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    recipe, device, num_threads, budget_bytes = told["request"]
+
+    def measured() -> dict[str, object]:
+        from devices.limits import prepare_process
+
+        prepare_process(num_threads)
+        import torch
+
+        from edgetrain.probe import measure
+
+        torch.set_num_threads(num_threads)
+        return measure(resolve(tomllib.loads(recipe)), device, budget_bytes)
+
+    result = guarded(measured, as_json="--json" in told["command"])
+    os.environ[_RESULT] = json.dumps({"request": told["request"], "measured": result})
+    _become(told["command"])
+
+
+if __name__ == "__main__":
+    main()
