@@ -11,6 +11,7 @@ once and let one allocation fail (the code of the error path is file pages too),
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -54,6 +55,16 @@ def prepare_process(num_threads: int) -> dict[str, int]:
     except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
         return applied
     return applied | {name: value for name, (number, value) in _MALLOPT.items() if mallopt(number, value) == 1}
+
+
+def return_freed_memory() -> None:
+    """Give the heap's free pages back to the system, where the C library can.
+
+    For use after an allocation failed: where no more can be mapped, malloc takes from the heap instead, which
+    ``prepare_process`` lets never shrink by itself.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # as above
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def supported() -> bool:

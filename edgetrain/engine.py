@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from devices import Device, Tier
-from devices.limits import is_out_of_memory
+from devices.limits import is_out_of_memory, return_freed_memory
 from edgetrain.activations import Activations, Keep, Offload, Recompute
 from edgetrain.errors import BudgetBroken, TrainingDiverged
 from edgetrain.models import build_family
@@ -191,6 +191,7 @@ class Engine:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error)  # the exception itself would keep its frames' tensors alive
+            return_freed_memory()
             self.retries += 1
             if isinstance(self.activations, Keep):
                 self.activations = Recompute()

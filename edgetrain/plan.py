@@ -78,7 +78,7 @@ class Curve:
 class Probe:
     """What was measured: the process's memory before any block; peaks and times of steps by activations policy.
 
-    ``budget_bytes``: measurements that would have exceeded it were left out; None if there were none.
+    ``budget_bytes``: of what did not fit into it only this is known, its peak is a lower bound; None if all did.
     ``own_bytes``: the peak of those that are always made, below which no budget can be kept.
     """
 

@@ -1,7 +1,7 @@
 """Measures what a training step needs, in a process that does nothing else.
 
 The probe itself stays small: weights are never written, so they are the kernel's one page of zeros, all gradients lie
-over each other in one buffer, and what would not fit into the budget is not tried.
+over each other in one buffer, and beyond what is always measured it works under the budget's limit.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import dataclasses
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from devices import meter
+from devices import limits, meter
 from edgetrain.spec import Spec
 
 _SMALLEST_TENSOR_BYTES = 128 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
@@ -89,34 +90,42 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
                 }
                 objective.loss(block, draw, policy).backward()
 
+            def timed(policy: Activations, micro_batch: int, run: Callable[[Activations, int], None] = run) -> float:
+                began = time.perf_counter()
+                run(policy, micro_batch)
+                return time.perf_counter() - began
+
             warm_up_kernels(device)
             for kind, policy in policies.items():
-                step_bytes[kind].append([])
-                step_s[kind].append([])
+                peaks, times = step_bytes[kind], step_s[kind]
+                peaks.append([])
+                times.append([])
                 for number, micro_batch in enumerate(micro_batches):
-                    before = meter.usage().resident_bytes
                     optional = layers > _ALWAYS_MEASURED or number >= _ALWAYS_MEASURED
-                    if optional:
-                        # In proportion to a smaller one: more than it takes, since some of that is constant.
-                        tried = [(m, b * layers / of) for of, row in enumerate(step_bytes[kind], 1) for m, b in row]
-                        expected = max(b * micro_batch / m for m, b in tried[-_ALWAYS_MEASURED:])
-                        if before + expected > budget_bytes:
-                            left_out = True
-                            break
-                    run(policy, micro_batch)
-                    seconds = []
-                    before = meter.usage().resident_bytes
-                    meter.reset_peak()
-                    for _ in range(_REPEATS):
-                        began = time.perf_counter()
+                    before = meter.usage()
+                    if optional and limits.supported():
+                        limits.set_data_limit(max(0, limits.data_limit_for(budget_bytes, before)))
+                    try:
                         run(policy, micro_batch)
-                        seconds.append(time.perf_counter() - began)
-                    step_s[kind][-1].append((micro_batch, min(seconds)))
-                    peak = meter.usage().peak_bytes
-                    step_bytes[kind][-1].append((micro_batch, peak - before))
-                    own_bytes = own_bytes if optional else max(own_bytes, peak)
-                if len(step_bytes[kind][-1]) < _ALWAYS_MEASURED:
-                    del step_bytes[kind][-1], step_s[kind][-1]
+                        before = meter.usage()
+                        meter.reset_peak()
+                        seconds = min(timed(policy, micro_batch) for _ in range(_REPEATS))
+                    except (RuntimeError, MemoryError) as error:
+                        if not limits.is_out_of_memory(error):
+                            raise
+                        # All that is known of it: that it takes more than there is.
+                        left_out = True
+                        limits.return_freed_memory()
+                        peaks[-1].append((micro_batch, budget_bytes - before.resident_bytes))
+                        continue
+                    finally:
+                        limits.lift_data_limit()
+                    times[-1].append((micro_batch, seconds))
+                    peak_bytes = meter.usage().peak_bytes
+                    peaks[-1].append((micro_batch, peak_bytes - before.resident_bytes))
+                    own_bytes = own_bytes if optional else max(own_bytes, peak_bytes)
+                if not times[-1]:
+                    del times[-1]
         overlaid = max(math.prod(s) * 4 for tensors in shapes.values() for s in tensors.values())
         runtime_bytes = meter.usage().resident_bytes - overlaid
     return {

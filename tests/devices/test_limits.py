@@ -181,6 +181,32 @@ def test_freed_blocks_leave_the_process() -> None:
     assert _run(_THRESHOLD) > 14_000_000
 
 
+_SMALL_BLOCKS = """
+import ctypes, json
+from devices.limits import prepare_process, return_freed_memory
+from devices.meter import usage
+prepare_process(1)
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+before = usage().resident_bytes
+blocks = [c.malloc(1 << 15) for _ in range(1024)]
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 15)
+for block in blocks:
+    c.free(block)
+freed = usage().resident_bytes - before
+return_freed_memory()
+print(json.dumps([freed, usage().resident_bytes - before]))
+"""
+
+
+@pytest.mark.skipif(not _GLIBC, reason="glibc's allocator")
+def test_small_blocks_leave_the_process_when_told_to() -> None:
+    freed, returned = _run(_SMALL_BLOCKS)
+    assert freed > 24 * MIB
+    assert returned < 4 * MIB
+
+
 def test_out_of_memory_is_recognised() -> None:
     with pytest.raises(RuntimeError) as torchs_own:
         torch.empty(1 << 50)
