@@ -586,7 +586,7 @@ def test_short_of_memory_it_recomputes_with_the_same_result(tmp_path):
 
 
 def test_still_short_of_memory_it_halves_the_micro_batch_durably(tmp_path):
-    code = 'print(json.dumps([run("free", "keep"), run("tight", "keep", 20 << 20)]))'
+    code = 'print(json.dumps([run("free", "keep"), run("tight", "keep", 12 << 20)]))'
     free, tight = in_a_process(_SHORT_OF_MEMORY + code, tmp_path)
     sizes = [size for _, size in tight["micro_batches"]]
     assert sizes[:2] == [192, 96]
