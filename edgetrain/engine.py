@@ -75,7 +75,7 @@ def warm_up_kernels(device: Device) -> None:
     """Runs what a step needs beside forward and backward once: the norm, the optimizer, a failing allocation."""
     small = [torch.zeros(16, device=device.torch_device) for _ in range(4)]
     torch.linalg.vector_norm(small[0]).item()
-    AdamW(OptimizerSpec()).update(*small, update=1, lr=0.0, decays=True)
+    AdamW(OptimizerSpec()).update(*([one] for one in small), number=1, lr=0.0, decays=True)
     try:  # the code of the error path is read in now, not when memory is short
         torch.empty(1 << 50, dtype=torch.uint8)
     except RuntimeError as error:
@@ -116,6 +116,10 @@ class Engine:
             self._accumulate(block, self.session.progress(0).step, 1, 1, activations)
         self.resident.flat_gradient().zero_()
         warm_up_kernels(self.device)
+
+    def prefetch(self, block: int) -> None:
+        """Lets the system read ahead what a visit of ``block`` will load."""
+        self.session.store.prefetch(stage.name for stage in stages_of_block(self.spec, block))
 
     def visit(
         self, block: int, num_steps: int, on_step: Callable[[Step], None], stop: Callable[[], bool] = lambda: False

@@ -30,20 +30,29 @@ class AdamW:
 
     @torch.no_grad()
     def update(
-        self, weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, *, update: int, lr: float, decays: bool
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        m: list[Tensor],
+        v: list[Tensor],
+        *,
+        number: int,
+        lr: float,
+        decays: bool,
     ) -> None:
-        """Updates ``weight``, ``m`` and ``v``, all flat and of one size, in place.
+        """Updates ``weights``, ``m`` and ``v`` in place; the tensors are flat, those at one index of one size.
 
         Args:
-            update: how many updates the parameter had with this one, from 1; decides the bias correction.
+            number: how many updates the parameters had with this one, from 1; decides the bias correction.
         """
+        counter = torch.tensor(float(number), device=weights[0].device)
         torch._fused_adamw_(
-            [weight],
-            [gradient],
-            [m],
-            [v],
+            weights,
+            gradients,
+            m,
+            v,
             [],
-            [torch.tensor(float(update), device=weight.device)],
+            [counter] * len(weights),
             lr=lr,
             beta1=self.spec.beta1,
             beta2=self.spec.beta2,

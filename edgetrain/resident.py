@@ -39,6 +39,18 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What the optimizer updates as one: a piece of a stage's trained tensor, flat views of it and of its gradient,
+    and of its moments m and v where they are resident."""
+
+    member: Member
+    piece: Piece
+    weight: Tensor
+    gradient: Tensor
+    moments: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
 class Update:
     """How one parameter is updated: learning rate, count of its updates from 1, and whether decay applies."""
 
@@ -69,6 +81,7 @@ class Resident:
         self.v = device.buffer(sizes["moments"] // 2, Tier.DEVICE)
         self.frozen = device.buffer(sizes["frozen"], Tier.DEVICE)
         self.members: list[Member] = []
+        self._parts: list[Part] = []
 
     def touch(self) -> None:
         """Make every page resident now, so that training cannot grow the process by them."""
@@ -89,6 +102,18 @@ class Resident:
                 if parameter.requires_grad:
                     parameter.grad = self._view(member, tensor, self.gradients)
                 setattr(module.get_submodule(owner), name, parameter)
+        self._parts = list(self._cut()) if self.trains else []
+
+    def _cut(self) -> Iterator[Part]:
+        for member in self.members:
+            for piece in pieces(member.layout) if member.stage.trained else []:
+                weight, gradient = (self._flat(buffer, member, piece) for buffer in (self.weights, self.gradients))
+                moments = [self._flat(buffer, member, piece) for buffer in (self.m, self.v) if self.moments_resident]
+                yield Part(member, piece, weight, gradient, moments)
+
+    @staticmethod
+    def _flat(buffer: Buffer, member: Member, piece: Piece) -> Tensor:
+        return buffer.tensor(torch.float32, member.offset + piece.offset, (piece.num_elements,))
 
     def _view(self, member: Member, tensor: TensorSpec, buffer: Buffer | None = None) -> Tensor:
         """(shape) view of one tensor in W or the frozen buffer, or in ``buffer``, laid out as W."""
@@ -139,37 +164,33 @@ class Resident:
         Args:
             settings: the learning rate, update count and decay of a parameter, by its stage and name.
         """
-        for member in self.members:
-            if not member.stage.trained:
-                continue
-            for piece in pieces(member.layout):
-                at = settings(member.stage, piece.tensor)
-                offset = member.offset + piece.offset
-                weight = self.weights.tensor(torch.float32, offset, (piece.num_elements,))
-                gradient = self.gradients.tensor(torch.float32, offset, (piece.num_elements,))
-                with self._moments(member, piece, transaction) as (m, v):
-                    optimizer.update(weight, gradient, m, v, update=at.number, lr=at.lr, decays=at.decays)
+        together: dict[Update, list[Part]] = {}
+        for part in self._parts:
+            at = settings(part.member.stage, part.piece.tensor)
+            if self.moments_resident:
+                together.setdefault(at, []).append(part)
+            else:
+                with self._streamed_moments(part, transaction) as moments:
+                    self._update_alike(optimizer, at, [part], [moments])
+        for at, parts in together.items():
+            self._update_alike(optimizer, at, parts, [part.moments for part in parts])
+
+    @staticmethod
+    def _update_alike(optimizer: AdamW, at: Update, parts: Sequence[Part], moments: Sequence[Sequence[Tensor]]) -> None:
+        m, v = (list(one) for one in zip(*moments, strict=True))
+        weights, gradients = [part.weight for part in parts], [part.gradient for part in parts]
+        optimizer.update(weights, gradients, m, v, number=at.number, lr=at.lr, decays=at.decays)
 
     @contextmanager
-    def _moments(self, member: Member, piece: Piece, transaction: Transaction) -> Iterator[tuple[Tensor, Tensor]]:
-        """A piece's moments (num_elements,): in place, or read into the slices and then written to the idle slot."""
-        if self.moments_resident:
-            offset = member.offset + piece.offset
-            yield (
-                self.m.tensor(torch.float32, offset, (piece.num_elements,)),
-                self.v.tensor(torch.float32, offset, (piece.num_elements,)),
-            )
-            return
-        for role, buffer in (("m", self.m), ("v", self.v)):
-            read = _in_order(transaction.read, member.stage.name, role, piece.offset)
-            self.device.fill(buffer, 0, piece.stored_bytes, read)
-        yield (
-            self.m.tensor(torch.float32, 0, (piece.num_elements,)),
-            self.v.tensor(torch.float32, 0, (piece.num_elements,)),
-        )
-        for role, buffer in (("m", self.m), ("v", self.v)):
-            write = _in_order(transaction.write, member.stage.name, role, piece.offset)
-            self.device.drain(buffer, 0, piece.stored_bytes, write)
+    def _streamed_moments(self, part: Part, transaction: Transaction) -> Iterator[Sequence[Tensor]]:
+        """A piece's moments (num_elements,), read into the slices and then written to the idle slot."""
+        stage, piece = part.member.stage.name, part.piece
+        both = (("m", self.m), ("v", self.v))
+        for role, buffer in both:
+            self.device.fill(buffer, 0, piece.stored_bytes, _in_order(transaction.read, stage, role, piece.offset))
+        yield [buffer.tensor(torch.float32, 0, (piece.num_elements,)) for _, buffer in both]
+        for role, buffer in both:
+            self.device.drain(buffer, 0, piece.stored_bytes, _in_order(transaction.write, stage, role, piece.offset))
 
 
 def _in_order(move: Move, stage: str, role: str, offset: int = 0) -> Callable[[memoryview], None]:

@@ -146,10 +146,14 @@ def train(
 
         with governor.hold(_OWN_STEP_BYTES):
             while not stopping() and (visits is None or made < visits):
-                following = next_visit(spec, [done[b].step for b in range(spec.num_blocks)], blocks)
+                steps_done = [done[b].step for b in range(spec.num_blocks)]
+                following = next_visit(spec, steps_done, blocks)
                 if following is None:
                     break
                 block, num_steps = following
+                steps_done[block] += num_steps
+                if (after := next_visit(spec, steps_done, blocks)) is not None:
+                    engine.prefetch(after[0])
                 done[block] = engine.visit(block, num_steps, on_step, stopping)
                 made += 1
             store.flush()

@@ -30,6 +30,7 @@ from edgetrain.sampling import accuracies, readouts
 from edgetrain.session import Session
 from edgetrain.spec import Spec, resolve
 from edgetrain.stages import Stage, group_of_block, groups, stages_of_block
+from edgetrain.store import Store
 from edgetrain.training import create, next_visit, train
 
 KEEP = Choice(8, "keep", True)
@@ -520,6 +521,23 @@ def test_visits_follow_from_the_counters():
     assert next_visit(spec, [0, 4, 4], [1, 2]) == (2, 1)
     descending = small(train__order="descending")
     assert next_visit(descending, [0, 0], range(2)) == (0, 2)
+
+
+def test_the_next_blocks_stages_are_read_ahead(digits, tmp_path, monkeypatch):
+    asked = []
+    real = Store.prefetch
+
+    def prefetch(store, stages):
+        names = list(stages)
+        asked.append(names)
+        real(store, names)
+
+    monkeypatch.setattr(Store, "prefetch", prefetch)
+    spec = small(train__steps=4, train__visit_steps=2)
+    done = complete(tmp_path / "s", spec, digits)
+    visits = [block for block, step in done.visited if step % 2 == 1]
+    assert visits == [1, 0, 1, 0]
+    assert asked == [[stage.name for stage in stages_of_block(spec, block)] for block in visits[1:]]
 
 
 # ------------------------------------------------------------------------------------ in a process of its own
