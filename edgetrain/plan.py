@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,8 @@ ACTIVATIONS = ("keep", "recompute", "offload")
 # Kept free between the predicted peak and the budget: the limit leaves 8.5 MiB for file pages that may yet be read in,
 # of which training uses some 4, and a fit has an error.
 _MARGIN_BYTES = 6 * MIB
-_MARGIN_OF_ACTIVATIONS = 0.015
+_MARGIN_OF_ACTIVATIONS = 0.03
+_MARGIN_OF_ADVICE = 0.01  # a budget that an error names must do, though the next probe may measure a little more
 _SAME_TIME = 1.05  # what the probe's clock cannot tell apart
 _CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
 
@@ -132,9 +134,9 @@ def make_plan(spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, act
         largest = max(owners, key=lambda name: owners[name])
         raise BudgetInfeasible(
             f"{format_bytes(budget_bytes)} are too little: the least this training can do with is "
-            f"{-(-smallest // MIB)}MiB ({smallest} bytes), the largest part of it {largest} with "
+            f"{format_bytes(smallest)} ({smallest} bytes), the largest part of it {largest} with "
             f"{format_bytes(owners[largest])}",
-            f"Use --memory-budget {-(-smallest // MIB)}MiB" + _best_knob(spec, probe, activations, smallest),
+            f"Use --memory-budget {_advised_mib(smallest)}MiB" + _best_knob(spec, probe, activations, smallest),
         )
     # Between equal times the first, which splits and moves least.
     fastest = min(seconds for _, _, seconds in fitting)
@@ -201,7 +203,11 @@ def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int)
     text = min(needed, key=lambda name: needed[name], default=None)
     if text is None or needed[text] >= smallest:
         return ", or a smaller model.width."
-    return f", or --set {text}, with which {-(-needed[text] // MIB)}MiB will do."
+    return f", or --set {text}, with which {_advised_mib(needed[text])}MiB will do."
+
+
+def _advised_mib(needed_bytes: int) -> int:
+    return math.ceil(needed_bytes * (1 + _MARGIN_OF_ADVICE) / MIB)
 
 
 def session_bytes(spec: Spec, shapes: Shapes) -> int:

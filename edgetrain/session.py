@@ -259,8 +259,3 @@ def _held(marker: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def with_micro_batch(spec: Spec, micro_batch: int) -> Spec:
-    """The spec with the micro-batch that a plan chose."""
-    return replace(spec, train=replace(spec.train, micro_batch=micro_batch))
