@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,15 +42,15 @@ def command(
     """
     options.check_device(device)
     from edgetrain.session import Session
-    from edgetrain.store.disk import disk_errors
 
     found = Session.open(session)
     budget = options.saved_budget(found, budget)
     spec = found.spec
     if data is not None:
         spec = replace(spec, data=replace(spec.data, source=data))
-    with disk_errors(session):
-        _, dataset = options.open_data(spec, split, found.scratch)
+    # Not in the session, which may lie in a folder that can only be read.
+    scratch = click.get_current_context().with_resource(tempfile.TemporaryDirectory())
+    _, dataset = options.open_data(spec, split, Path(scratch))
     options.start_torch(threads)
     import devices
     from devices import meter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,12 @@ def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
         )
     model = replace(spec.model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
     return replace(spec, model=model), dataset
+
+
+def with_shapes(spec: Spec) -> Spec:
+    """The spec with the shapes that its data decides, before there is a session: nothing is left of the look."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return open_data(spec, "train", Path(scratch))[0]
 
 
 def check_device(kind: str) -> None:
