@@ -70,7 +70,8 @@ def check(session_path: Path, export_path: Path, budget_bytes: int | None) -> li
     """
     session = Session.open(session_path)
     remaining = None if budget_bytes is None else budget_bytes - resident_bytes_fast()[0]
-    with tempfile.TemporaryDirectory(prefix="parity.", dir=session.scratch) as work:
+    # A few KiB, and not in the session, which may lie in a folder that can only be read.
+    with tempfile.TemporaryDirectory(prefix="parity.") as work:
         request = Request(session_path.absolute(), export_path.absolute(), Path(work), remaining)
         reference, compared = _run("reference", request), _run("compare", request)
     rows: list[dict[str, Any]] = compared["rows"]

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+import fcntl
+import gzip
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from edgetrain.cli.main import COMMANDS
 from edgetrain.session import Session
 from edgetrain.units import parse_bytes
+from tests.data.files import (
+    IMAGES,
+    LABELS,
+    cyclic_labels,
+    idx_bytes,
+    random_images,
+    write_idx,
+    write_image,
+    write_image_folder,
+)
 
 ROOT = Path(__file__).parents[1]
 BUDGET = "600MiB"
@@ -46,25 +62,59 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", _START, *map(str, arguments)]
 
 
+class Mounts:
+    """A mount namespace, in which commands are run one after the other; skips where the system allows none."""
+
+    def __init__(self, setup: str) -> None:
+        as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+        self._holder = subprocess.Popen(
+            ["unshare", "--mount", *as_root, "sh", "-c", f"set -e; {setup}; echo ready; exec sleep 600"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.enter = ["nsenter", "--target", str(self._holder.pid), "--mount"]
+        self.enter += ["--user", "--preserve-credentials"] if as_root else []
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != "ready\n":
+            pytest.skip(f"no mounts here: {self._holder.communicate()[1]}")
+
+    def sh(self, script: str) -> None:
+        subprocess.run([*self.enter, "sh", "-c", script], check=False, capture_output=True)
+
+    def path(self, path: Path) -> Path:
+        """Where a path of the namespace is seen from outside."""
+        return Path(f"/proc/{self._holder.pid}/root{path}")
+
+    def end(self) -> None:
+        self._holder.kill()
+        self._holder.communicate()
+
+
 class Workplace:
     """A folder with a recipe, and a cache of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.enter: list[str] = []
         self.recipe = folder / "tiny.toml"
         self.recipe.write_text(RECIPE)
         self.environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
 
+    def inside(self, mounts: Mounts) -> Workplace:
+        """The same place with other mounts."""
+        there = copy.copy(self)
+        there.enter = mounts.enter
+        return there
+
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            command(*arguments), capture_output=True, text=True, check=False, env=self.environment, cwd=self.folder,
-            timeout=300,
+            [*self.enter, *command(*arguments)], capture_output=True, text=True, check=False, env=self.environment,
+            cwd=self.folder, timeout=300,
         )  # fmt: skip
 
     def start(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self.environment,
-            cwd=self.folder, **options,
+            [*self.enter, *command(*arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=self.environment, cwd=self.folder, **options,
         )  # fmt: skip
 
     def json(self, *arguments: object, exit_code: int = 0) -> dict[str, Any]:
@@ -81,6 +131,13 @@ class Workplace:
         assert done.returncode == exit_code, done.stderr + done.stdout
         assert done.stderr.startswith("edgetrain: ")
         assert done.stdout == ""
+        return done.stderr
+
+    def error(self, exit_code: int, *arguments: object) -> str:
+        """The same with --json, where the error also is the one object on stdout."""
+        done = self.run(*arguments, "--json")
+        told_in_both(done.returncode, done.stdout, done.stderr)
+        assert done.returncode == exit_code, done.stderr + done.stdout
         return done.stderr
 
     def train(self, session: Path, *arguments: object) -> list[object]:
@@ -103,6 +160,29 @@ def complete(place) -> dict[str, Any]:
 def session(place, complete, tmp_path) -> Path:
     """A copy of the trained session, to be spoilt."""
     return Path(shutil.copytree(complete["session"], tmp_path / "session"))
+
+
+@pytest.fixture
+def mounted() -> Iterator[Callable[[str], Mounts]]:
+    made: list[Mounts] = []
+
+    def mount(setup: str) -> Mounts:
+        made.append(Mounts(setup))
+        return made[-1]
+
+    yield mount
+    for mounts in made:
+        mounts.end()
+
+
+def told_in_both(exit_code: int, out: str, err: str) -> None:
+    """An error with --json: an object on stdout, the same words on stderr."""
+    assert "Traceback" not in err, err
+    (line,) = out.splitlines()
+    value = json.loads(line)
+    assert set(value) == {"error", "message", "hint", "exit_code"}
+    assert value["exit_code"] == exit_code
+    assert err == f"edgetrain: {value['message']}\n" + (f"{value['hint']}\n" if value["hint"] else "")
 
 
 def until(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
@@ -249,11 +329,22 @@ def test_what_is_no_session(place, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_errors_in_json(place, tmp_path):
-    value = place.json("status", tmp_path / "none", exit_code=2)
-    assert value["error"] == "UsageError"
-    assert value["exit_code"] == 2
-    assert "is no session" in value["message"]
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "error"),
+    [
+        (["--bogus"], 2, "UsageError"),
+        (["--set", "train.batchsize=3"], 2, "UsageError"),
+        (["--memory-budget", "10MiB"], 3, "BudgetInfeasible"),
+        (["--data", "nowhere"], 7, "BadInput"),
+    ],
+)
+@pytest.mark.usefixtures("complete")  # so that the probe is cached
+def test_errors_in_json(place, tmp_path, arguments, exit_code, error):
+    value = place.json(*place.train(tmp_path / "s", *arguments), exit_code=exit_code)
+    assert (value["error"], value["exit_code"]) == (error, exit_code)
+    assert value["message"]
+    assert value["hint"], "what to try"
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(
@@ -286,27 +377,221 @@ def test_an_infeasible_budget_names_one_that_would_do(place, complete, tmp_path,
     arguments = [name, *target, "--recipe", place.recipe, "--threads", 1, "--memory-budget"]
     text = place.fails(3, *arguments, "10MiB")
     (named,) = re.findall(r"Use --memory-budget (\d+MiB)", text)
-    assert not (tmp_path / "s" / "session.json").exists()
+    assert not (tmp_path / "s").exists()
     done = place.run(*arguments, named, *(["--steps", 4] if name == "train" else []), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["budget_bytes"] == parse_bytes(named)
 
 
-def test_data_that_is_missing(place, tmp_path):
-    assert "nowhere" in place.fails(7, *place.train(tmp_path / "s", "--data", tmp_path / "nowhere"))
-    assert not (tmp_path / "s" / "session.json").exists()
+def test_a_misspelt_key_in_a_recipe_file(place, tmp_path):
+    (tmp_path / "typo.toml").write_text(RECIPE.replace("width", "widht"))
+    text = place.fails(2, *place.train(tmp_path / "s", "--recipe", tmp_path / "typo.toml"))
+    assert "'model.widht': did you mean 'model.width'" in text
+    (tmp_path / "typo.toml").write_text("[train\n")
+    assert "typo.toml cannot be read" in place.fails(
+        2, *place.train(tmp_path / "s", "--recipe", tmp_path / "typo.toml")
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the data
+
+
+def shortened(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def a_truncated_idx_file(folder: Path) -> list[str]:
+    shortened(write_idx(folder) / IMAGES["train"])
+    return [IMAGES["train"], "truncated", "50x5x4", "1016 bytes", "1009"]
+
+
+def a_truncated_header(folder: Path) -> list[str]:
+    (write_idx(folder) / IMAGES["train"]).write_bytes(b"\0\0\x08\x03\0\0")
+    return [IMAGES["train"], "truncated", "6 of 16 bytes"]
+
+
+def a_truncated_gz_file(folder: Path) -> list[str]:
+    shortened(write_idx(folder, compressed=True) / f"{IMAGES['train']}.gz")
+    return [f"{IMAGES['train']}.gz", "truncated or damaged", "gzip -t"]
+
+
+def fewer_labels_than_images(folder: Path) -> list[str]:
+    (write_idx(folder) / LABELS["train"]).write_bytes(idx_bytes(cyclic_labels(49, 3)))
+    return ["50 images", "49 labels", LABELS["train"]]
+
+
+def no_labels(folder: Path) -> list[str]:
+    (write_idx(folder) / LABELS["train"]).unlink()
+    return ["neither", LABELS["train"], "four files"]
+
+
+def something_unreadable(folder: Path) -> list[str]:
+    (write_idx(folder) / IMAGES["train"]).unlink()
+    (folder / IMAGES["train"]).mkdir()
+    return ["Cannot read", IMAGES["train"], "directory"]
+
+
+def images_of_mixed_size(folder: Path) -> list[str]:
+    write_image(write_image_folder(folder, ("a", "b"), 6) / "b" / "odd.png", np.zeros((8, 7), np.uint8))
+    return ["mixed size", "6x8", "odd.png is 7x8"]
+
+
+def a_damaged_image(folder: Path) -> list[str]:
+    (write_image_folder(folder, ("a", "b"), 6) / "a" / "03.png").write_bytes(b"\x89PNG\r\n\x1a\nno more")
+    return ["03.png", "replace or remove"]
+
+
+def a_single_class(folder: Path) -> list[str]:
+    write_image_folder(folder, ("a",), 6)
+    return ["1 class folders", "two"]
+
+
+def nothing_known(folder: Path) -> list[str]:
+    folder.mkdir()
+    return ["known format", "IDX"]
+
+
+def nothing_there(folder: Path) -> list[str]:
+    return ["no data at", folder.name]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        a_truncated_idx_file, a_truncated_header, a_truncated_gz_file, fewer_labels_than_images, no_labels,
+        something_unreadable, images_of_mixed_size, a_damaged_image, a_single_class, nothing_known, nothing_there,
+    ],
+)  # fmt: skip
+def test_data_that_cannot_be_used_leaves_nothing(place, tmp_path, damage):
+    said = damage(tmp_path / "data")
+    text = place.error(7, *place.train(tmp_path / "s", "--data", tmp_path / "data", "--set", "model.patch=1"))
+    assert not [word for word in said if word.lower() not in text.lower()], text
+    assert not (tmp_path / "s").exists()
+
+
+def test_test_images_of_another_size(place, complete, tmp_path):
+    (write_idx(tmp_path / "data") / IMAGES["test"]).write_bytes(idx_bytes(random_images(20, 4, 4)))
+    text = place.fails(7, "evaluate", complete["session"], "--data", tmp_path / "data")
+    assert "mixed size" in text
+    assert "has 4x5" in text
+    assert "has 4x4" in text
+
+
+def plain_digits(folder: Path) -> Path:
+    """The embedded digits as plain files."""
+    folder.mkdir()
+    for file in (ROOT / "edgetrain" / "data" / "digits").glob("*.gz"):
+        (folder / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    return folder
+
+
+@pytest.mark.slow
+def test_data_that_is_lost_amid_the_training(place, complete, tmp_path):
+    data, path = plain_digits(tmp_path / "data"), tmp_path / "s"
+    process = place.start(*place.train(path, "--data", data, "--json"))
+    until(process, lambda: commits(path) > 1)
+    images = (data / IMAGES["train"]).read_bytes()
+    os.truncate(data / IMAGES["train"], 1000)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 7, err
+    told_in_both(7, out, err)
+    assert f"{IMAGES['train']} is truncated" in err
+    assert place.json("verify", path)["ok"]
+    assert "truncated" in place.fails(7, "train", path, "--threads", 1)
+    (data / IMAGES["train"]).write_bytes(images)
+    assert place.json("train", path, "--threads", 1)["digest"] == complete["digest"]
 
 
 def test_data_that_does_not_fit_the_session(place, session, tmp_path):
-    import numpy as np
-    from PIL import Image
-
-    for name in ("train/a", "train/b", "test/a", "test/b"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "images" / name / "0.png")
+    for split in ("train", "test"):
+        write_image_folder(tmp_path / "images" / split, ("a", "b"), 1)
     text = place.fails(7, "train", session, "--data", tmp_path / "images", "--steps", 200)
     assert "2 classes" in text
     assert place.json("status", session)["steps"] == 60
+
+
+# ------------------------------------------------------------------------------------------- the loss, and the disk
+
+
+def test_a_diverging_loss(place, tmp_path):
+    path = tmp_path / "s"
+    text = place.error(9, *place.train(path, "--set", "optimizer.lr=1e6", "--set", "train.visit_steps=50"))
+    assert re.search(r"block 1 diverged: the loss of the last 10 steps, up to step \d+", text)
+    assert "learning rate, now 1e+06" in text
+    assert [row["step"] for row in place.json("status", path)["blocks"]] == [0, 0], "as at the last commit"
+    assert place.json("verify", path)["ok"]
+
+
+@pytest.mark.slow
+def test_after_a_diverging_loss_a_lower_rate_will_do(place, complete, tmp_path):
+    path = tmp_path / "s"
+    place.fails(9, *place.train(path, "--set", "optimizer.lr=1e6", "--set", "train.visit_steps=50"))
+    again = place.json("train", path, "--threads", 1, "--set", "optimizer.lr=0.001")
+    assert (again["status"], again["digest"]) == ("complete", complete["digest"])
+
+
+def test_a_disk_too_small_for_the_session(place, complete, tmp_path, mounted):
+    mounts = mounted(f"mount -t tmpfs -o size=300k none '{tmp_path}'")
+    there, path = place.inside(mounts), tmp_path / "s"
+    text = there.error(5, *place.train(path))
+    assert re.search(r"disk full: \S+ needs \d+\.\d KiB, and \d+\.\d KiB are free\nFree some space", text)
+    assert "is no session" in there.fails(2, "status", path)
+    mounts.sh(f"mount -o remount,size=4m '{tmp_path}'")
+    assert there.json(*place.train(path))["digest"] == complete["digest"]
+
+
+def test_a_disk_that_gets_full_amid_the_training(place, complete, tmp_path, mounted):
+    mounts = mounted(f"mount -t tmpfs -o size=4m none '{tmp_path}'")
+    there, path = place.inside(mounts), tmp_path / "s"
+    process = there.start(*place.train(path, "--json"))
+    until(process, lambda: commits(mounts.path(path)) > 1)
+    process.send_signal(signal.SIGSTOP)
+    mounts.sh(f"cat /dev/zero > '{tmp_path}/ballast'")
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
+    told_in_both(5, out, err)
+    assert re.search(r"disk full: \S+ needs \S+ \w*B, and 0 B are free", err)
+    assert there.json("verify", path)["ok"]
+    assert 0 < sum(row["step"] for row in there.json("status", path)["blocks"]) < 120
+    assert "disk full" in there.fails(5, "train", path, "--threads", 1)
+    mounts.sh(f"rm '{tmp_path}/ballast'")
+    resumed = there.json("train", path, "--threads", 1)
+    assert (resumed["status"], resumed["digest"]) == ("complete", complete["digest"])
+
+
+def test_a_limit_on_the_size_of_files_is_a_full_disk(place, tmp_path):
+    path = tmp_path / "s"
+    process = place.start(*place.train(path, "--json"))
+    until(process, lambda: commits(path) > 1)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 10, resource.RLIM_INFINITY))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 5, err
+    told_in_both(5, out, err)
+    assert "disk full (limit on a file's size)" in err
+    assert place.json("verify", path)["ok"]
+
+
+def test_a_folder_that_can_only_be_read(place, complete, session, mounted):
+    there = place.inside(mounted(f"mount --bind -o ro '{session}' '{session}'"))
+    assert "read-only" in there.error(5, "train", session, "--threads", 1, "--steps", 70)
+    assert "read-only" in there.error(5, *place.train(session / "new"))
+    assert there.json("status", session)["digest"] == complete["digest"]
+    assert there.json("verify", session)["digest"] == complete["digest"]
+    assert place.json("status", session)["steps"] == 60
+
+
+@pytest.mark.slow
+def test_a_model_in_a_folder_that_can_only_be_read(place, session, tmp_path, mounted):
+    shutil.rmtree(session / "scratch")
+    there = place.inside(mounted(f"mount --bind -o ro '{session}' '{session}'"))
+    assert there.json("evaluate", session, "--threads", 1)["results"]
+    assert there.json("export", session, "--to", tmp_path / "model")["parity"]
+    again = place.json("train", session, "--threads", 1, "--steps", 61)
+    assert (again["status"], again["step"]) == ("complete", 61)
+
+
+# ------------------------------------------------------------------------------------------------ spoilt sessions
 
 
 def test_a_session_of_a_newer_format(place, session):
@@ -382,7 +667,7 @@ def test_a_second_process_is_locked_out(place, complete, tmp_path):
     first = place.start(*place.train(path, "--steps", 100000))
     try:
         until(first, lambda: commits(path) > 1)
-        text = place.fails(6, "train", path, "--threads", 1)
+        text = place.error(6, "train", path, "--threads", 1)
         assert str(first.pid) in text
         assert place.run("status", path).returncode == 0, "reading needs no lock"
     finally:
@@ -400,11 +685,21 @@ def test_a_locked_out_process_changes_nothing(place, session):
     assert (session / "spec.toml").read_bytes() == before, "the spec of the process that trains"
 
 
-def test_ctrl_c_commits_and_the_rest_is_the_same(place, complete, tmp_path):
+def test_a_second_process_that_creates_the_session_is_locked_out(place, complete, tmp_path):
+    path = tmp_path / "s"
+    path.mkdir()
+    with (path / "session.creating").open("w") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        assert "another process is creating" in place.error(6, *place.train(path))
+    assert place.json(*place.train(path, "--visits", 1))["status"] == "partial"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_commits_and_the_rest_is_the_same(place, complete, tmp_path, number):
     path = tmp_path / "s"
     process = place.start(*place.train(path, "--json"))
     until(process, lambda: commits(path) > 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     summary = json.loads(out)
@@ -412,6 +707,98 @@ def test_ctrl_c_commits_and_the_rest_is_the_same(place, complete, tmp_path):
     assert 0 < sum(row["step"] for row in place.json("status", path)["blocks"]) < 120
     assert place.json("verify", path)["digest"] == summary["digest"]
     assert place.json("train", path, "--threads", 1)["digest"] == complete["digest"]
+
+
+def test_a_second_ctrl_c_stops_at_once(place, complete, tmp_path):
+    path = tmp_path / "s"
+    process = place.start(*place.train(path))
+    until(process, lambda: commits(path) > 2)
+    process.send_signal(signal.SIGINT)
+    until(process, lambda: not _catches(process.pid, signal.SIGINT))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT, "the system ended it"
+    assert "Traceback" not in err
+    assert place.json("verify", path)["ok"]
+    resumed = place.json("train", path, "--threads", 1)
+    assert (resumed["status"], resumed["digest"]) == ("complete", complete["digest"])
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> number - 1 & 1)
+
+
+def test_ctrl_c_before_the_first_step(place, complete, tmp_path):
+    path = tmp_path / "s"
+    process = place.start(*place.train(path, "--json"))
+    until(process, path.exists)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    summary = json.loads(out)
+    assert (summary["status"], summary["step"], summary["loss"]) == ("interrupted", 0, None)
+    assert [row["step"] for row in place.json("status", path)["blocks"]] == [0, 0]
+    assert place.json(*place.train(path))["digest"] == complete["digest"]
+
+
+_IN_A_FINALIZER = """
+class Thing: pass
+thing = Thing()
+weakref.finalize(thing, signal.raise_signal, signal.SIGINT)
+del thing
+time.sleep(30)
+"""
+_DROPPED = """
+try:
+    signal.raise_signal(signal.SIGINT)
+except BaseException:
+    pass
+raise AttributeError("what an import leaves half done")
+"""
+
+
+@pytest.mark.parametrize("code", [_IN_A_FINALIZER, _DROPPED])
+def test_a_ctrl_c_that_something_swallows_is_not_lost(place, code):
+    start = f"""
+import signal, time, weakref
+from edgetrain.cli.main import guarded
+guarded(lambda: exec({code!r}), as_json=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", start], capture_output=True, text=True, check=False, env=place.environment
+    )
+    assert done.returncode == 130, done.stderr
+    told_in_both(130, done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tenths", range(0, 40, 2))
+def test_ctrl_c_at_any_time(place, tmp_path, tenths):
+    """From the first moment on, the measuring of the first start included; none may be lost."""
+    path = tmp_path / "s"
+    environment = place.environment | {"XDG_CACHE_HOME": str(tmp_path / "empty")}
+    told = _START.replace("run()", "sys.stderr.write('here\\n'); run()")
+    arguments = map(str, place.train(path, "--steps", 1000000, "--json"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", told, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        process.stderr.readline()
+        time.sleep(tenths / 10)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode in (130, -signal.SIGINT), err  # a shell calls either 130
+    assert "Traceback" not in err
+    value = json.loads(out)
+    assert value.get("status") == "interrupted" or value["error"] == "Interrupted"
+    assert not path.exists() or place.json("verify", path)["ok"]
+    assert place.json(*place.train(path, "--steps", 1000000, "--visits", 1))["status"] == "partial"
 
 
 def test_ctrl_c_while_the_probe_runs(place, tmp_path):

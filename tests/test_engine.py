@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,19 +37,7 @@ from edgetrain.training import create, next_visit, train
 KEEP = Choice(8, "keep", True)
 PLENTY_BYTES = 1 << 40
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors are small: a second thread costs more than it brings, and more still on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Dataset:
-    return open_dataset("digits", "train", tmp_path_factory.mktemp("scratch"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**changes: Any) -> Spec:
@@ -555,14 +544,14 @@ digits = t.open_dataset("digits", "train", folder)
 """
 
 
-def in_a_process(code: str, folder: Path) -> Any:
+def in_a_process(code: str, folder: Path, *arguments: str, exit_code: int = 0) -> Any:
     root = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", _PRELUDE + code, str(folder)],
+        [sys.executable, "-c", _PRELUDE + code, str(folder), *arguments],
         capture_output=True, text=True, check=False, cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    assert done.returncode == exit_code, done.stderr
+    return json.loads(done.stdout or "null")
 
 
 _SHORT_OF_MEMORY = """
@@ -612,6 +601,49 @@ def test_still_short_of_memory_it_halves_the_micro_batch_durably(tmp_path):
     assert all(step == 0 for step, _ in tight["micro_batches"])
     assert tight["steps"] == 2
     assert tight["losses"] == pytest.approx(free["losses"], rel=1e-4), "another rounding, the same training"
+
+
+_SHORT_IN_STEP_TWO = """
+import os, signal
+from devices import meter
+
+kill_after = int(sys.argv[2])
+path = folder / sys.argv[3]
+spec = t.small(model__width=64, model__depth=2, diffusion_blocks__num_blocks=1, train__batch_size=192,
+               train__micro_batch=192, train__steps=6, train__visit_steps=4)
+session = t.new_session(path, spec)
+
+def on_report(report):
+    if report.step == 2:
+        limits.set_data_limit(meter.usage().data_bytes + (8 << 20))
+    if report.step == kill_after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def once_halved():  # asked before each step
+    if len(session.progress(0).micro_batches) > 1:
+        limits.lift_data_limit()
+    return False
+
+plan = t.Plan(t.PLENTY_BYTES, 0, 0, {}, t.Choice(192, "recompute", True), 0.0, 0, 0, 1)
+t.train(session, spec, plan, digits, "cpu", visits=None, blocks=[0], on_report=on_report, stop=once_halved)
+"""
+
+
+@pytest.mark.parametrize("kill_after", [3, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_micro_batch_halved_later_on_outlives_a_kill(kill_after, digits, tmp_path):
+    """Killed before the next commit after it, or in the next visit; the rest is as if it had not been killed."""
+    in_a_process(_SHORT_IN_STEP_TWO, tmp_path, "0", "whole")
+    whole = Session.open(tmp_path / "whole")
+    assert whole.progress(0).micro_batches == ((0, 192), (2, 96))
+    in_a_process(_SHORT_IN_STEP_TWO, tmp_path, str(kill_after), "killed", exit_code=-signal.SIGKILL)
+    killed = Session.open(tmp_path / "killed")
+    assert killed.progress(0).step == (2 if kill_after == 3 else 4)
+    assert killed.progress(0).micro_batches == ((0, 192), (2, 96)), "durable before it took effect"
+    resumed = train_on(tmp_path / "killed", digits, choice=Choice(192, "keep", True))
+    assert (resumed.summary["status"], resumed.summary["micro_batch"]) == ("complete", 96)
+    assert resumed.session.progress(0) == whole.progress(0)
+    assert resumed.digest == whole.store.digest()
+    assert state(resumed.session) == state(whole)
 
 
 def test_training_imports_no_compiler_stack(tmp_path):

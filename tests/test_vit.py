@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from edgetrain.activations import Keep
-from edgetrain.data import open_dataset, to_float
-from edgetrain.data.base import Dataset
+from edgetrain.data import Dataset, to_float
 from edgetrain.engine import build_modules
 from edgetrain.models import build_family
 from edgetrain.models.base import Boundary
@@ -26,19 +25,7 @@ from edgetrain.spec import Spec, resolve
 
 BATCH = 16
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Tensors are small: a second thread costs more than it brings, and more still on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> Dataset:
-    return open_dataset("digits", "train", tmp_path_factory.mktemp("scratch"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small(**changes: Any) -> Spec:

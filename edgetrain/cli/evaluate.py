@@ -41,15 +41,14 @@ def command(
     """
     options.check_device(device)
     from edgetrain.session import Session
-    from edgetrain.store.disk import disk_errors
 
     found = Session.open(session)
     budget = options.saved_budget(found, budget)
     spec = found.spec
     if data is not None:
         spec = replace(spec, data=replace(spec.data, source=data))
-    with disk_errors(session):
-        _, dataset = options.open_data(spec, split, found.scratch)
+    scratch = click.get_current_context().with_resource(options.temporary_folder())
+    _, dataset = options.open_data(spec, split, Path(scratch))
     options.start_torch(threads)
     import devices
     from devices import meter

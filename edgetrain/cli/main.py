@@ -17,6 +17,7 @@ from edgetrain.errors import INTERRUPTED_EXIT_CODE, EdgetrainError
 T = TypeVar("T")
 
 COMMANDS = ("devices", "recipes", "plan", "train", "status", "verify", "evaluate", "export", "predict")
+_REPEATED_AFTER_S = 0.01
 
 
 class Commands(click.Group):
@@ -51,6 +52,7 @@ def run() -> None:
 
 def guarded(work: Callable[[], T], as_json: bool) -> T:
     """What ``work`` returns. Errors become text on stderr, with ``as_json`` an object on stdout, and an exit code."""
+    interrupts = _catch_interrupts()
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see cli/probe
         return work()
@@ -63,6 +65,35 @@ def guarded(work: Callable[[], T], as_json: bool) -> T:
         _fail("Interrupted", "interrupted", "", INTERRUPTED_EXIT_CODE, as_json)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
+    except Exception:
+        if not interrupts:
+            raise
+        # One that came amid an import: something dropped it, and then missed the rest of the module.
+        _fail("Interrupted", "interrupted", "", INTERRUPTED_EXIT_CODE, as_json)
+
+
+def _catch_interrupts() -> list[int]:
+    """Lets a Ctrl-C raise KeyboardInterrupt; returns the list of those that came.
+
+    Python drops an exception that arises in a finalizer: there it is raised again a moment later.
+    """
+    came: list[int] = []
+    show = sys.unraisablehook
+
+    def interrupt(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _REPEATED_AFTER_S)
+        else:
+            show(dropped)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGALRM, interrupt)
+    sys.unraisablehook = hook
+    return came
 
 
 def _fail(kind: str, message: str, hint: str, exit_code: int, as_json: bool) -> NoReturn:

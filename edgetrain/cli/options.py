@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,17 @@ def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
         )
     model = replace(spec.model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
     return replace(spec, model=model), dataset
+
+
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """For what may not lie in a session: there is none yet, or it can only be read. On disk, for /tmp may be memory."""
+    return tempfile.TemporaryDirectory(prefix="edgetrain.", dir=os.environ.get("TMPDIR", "/var/tmp"))
+
+
+def with_shapes(spec: Spec) -> Spec:
+    """The spec with the shapes that its data decides, before there is a session: nothing is left of the look."""
+    with temporary_folder() as scratch:
+        return open_data(spec, "train", Path(scratch))[0]
 
 
 def check_device(kind: str) -> None:

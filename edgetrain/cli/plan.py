@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,8 +57,7 @@ def command(
     else:
         if budget is None:
             raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")
-        with tempfile.TemporaryDirectory() as scratch:
-            spec, _ = options.open_data(options.new_spec(recipe or "", data, None, assignments), "train", Path(scratch))
+        spec = options.with_shapes(options.new_spec(recipe or "", data, None, assignments))
     plan = planning.make_plan(spec, probed(spec, device, threads, budget), budget, threads, activations)
     per_step = plan.visit_written_bytes / spec.train.visit_steps
 

@@ -55,7 +55,7 @@ def main() -> None:
     told = json.loads(sys.argv[1])
     recipe, device, num_threads, budget_bytes = told["request"]
 
-    def measured() -> dict[str, object]:
+    def measured() -> NoReturn:
         from devices.limits import prepare_process
 
         prepare_process(num_threads)
@@ -64,11 +64,11 @@ def main() -> None:
         from edgetrain.probe import measure
 
         torch.set_num_threads(num_threads)
-        return measure(resolve(tomllib.loads(recipe)), device, budget_bytes)
+        result = measure(resolve(tomllib.loads(recipe)), device, budget_bytes)
+        os.environ[_RESULT] = json.dumps({"request": told["request"], "measured": result})
+        _become(told["command"])
 
-    result = guarded(measured, as_json="--json" in told["command"])
-    os.environ[_RESULT] = json.dumps({"request": told["request"], "measured": result})
-    _become(told["command"])
+    guarded(measured, as_json="--json" in told["command"])
 
 
 if __name__ == "__main__":

@@ -52,13 +52,11 @@ def command(
       edgetrain train s                        # resume
       edgetrain train s --blocks 0,2 --visits 4
     """
-    stopping = _stop_on_signals()
     options.check_device(device)
     from edgetrain import plan as planning
     from edgetrain.cli.probe import probed
     from edgetrain.session import Session
     from edgetrain.spec import parse_changes, resolve
-    from edgetrain.store.disk import disk_errors
     from edgetrain.training import create, train
 
     found = Session.open(session) if Session.exists(session) else None
@@ -79,12 +77,13 @@ def command(
         budget = options.saved_budget(found, budget)
         found.check_change(spec)
     chosen = _blocks(blocks, spec.num_blocks)
-    with disk_errors(session):
-        (session / "scratch").mkdir(parents=True, exist_ok=True)
-    spec, dataset = options.open_data(spec, "train", session / "scratch")
-    if stopping():
-        raise click.Abort
+    if found is None:
+        spec = options.with_shapes(spec)
+    else:
+        spec, dataset = options.open_data(spec, "train", found.scratch)
     measured = probed(spec, device, threads, budget)
+    # Not earlier: there was nothing to finish, and what is noted is forgotten when ``probed`` begins the process anew.
+    stopping = _stop_on_signals()
     if found is not None:
         largest = max(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
         current = replace(spec, train=replace(spec.train, micro_batch=largest))
@@ -97,6 +96,7 @@ def command(
     options.start_torch(threads)
     if found is None:
         found = create(session, spec, measured)
+        spec, dataset = options.open_data(spec, "train", found.scratch)
     with Display(plan, quiet=not sys.stderr.isatty()) as display:
         summary = train(
             found, spec, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping

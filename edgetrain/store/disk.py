@@ -46,7 +46,7 @@ def explain(error: OSError, path: Path, needed_bytes: int = 0) -> EdgetrainError
     if error.errno in _READ_ONLY:
         return DiskError(
             f"read-only: {path} cannot be written or opened ({error.strerror})",
-            "Training needs a folder that can be written; status, verify and evaluate only need to read.",
+            "Training needs a folder that can be written; status, verify, evaluate and export only need to read.",
         )
     if isinstance(error, FileNotFoundError):
         return SessionCorrupt(f"{path} is missing", "Copy the session again, with all of its files.")

@@ -1,0 +1,143 @@
+"""The chain of Euler steps against one written here, from the method's description."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import devices
+from edgetrain import sampling
+from edgetrain.data import Dataset, to_float
+from edgetrain.engine import build_modules
+from edgetrain.models import build_family
+from edgetrain.objectives.base import Block
+from edgetrain.randomness import Purpose, Stream, normal
+from edgetrain.sampling import Sampler, accuracies, readouts
+from edgetrain.session import Session
+from edgetrain.spec import Spec
+from edgetrain.stages import stages_of_block
+from tests.exporters.common import make_session, small_spec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        {"diffusion_blocks.num_blocks": 3, "model.depth": 5},
+        {"diffusion_blocks.num_blocks": 3, "diffusion_blocks.preset": "paper"},
+    ],
+    ids=["calibrated", "paper"],
+)
+def session(request, tmp_path_factory) -> Session:
+    """Random in every weight, so that nothing is hidden by a zero."""
+    return make_session(tmp_path_factory.mktemp("sampling") / "s", small_spec(request.param))
+
+
+def block_of(session: Session, index: int) -> Block:
+    """The modules of a block with the weights that are in the session's files."""
+    spec = session.spec
+    block = build_modules(spec, build_family(spec), index)
+    modules = [block.codebook, block.stem, *block.layers, block.head]
+    for stage, module in zip(stages_of_block(spec, index), modules, strict=True):
+        layout, role = stage.layout(session.shapes), "weight" if stage.trained else "frozen"
+        data = bytearray(layout.section_bytes(role))
+        session.store.read(stage.name, role, memoryview(data))
+        module.to_empty(device="cpu")
+        for tensor in layout.tensors:
+            values = np.frombuffer(data, np.float32, tensor.nbytes // 4, layout.offset(role, tensor.name))
+            module.get_parameter(tensor.name).data.copy_(torch.from_numpy(values.reshape(tensor.shape).copy()))
+    return block
+
+
+def plain_logits(spec: Spec, block: Block, images: Tensor, z: Tensor, sigma: float) -> Tensor:
+    sigma_data = spec.diffusion_blocks.sigma_data or 1 / math.sqrt(spec.model.width)
+    norm = math.sqrt(sigma**2 + sigma_data**2)
+    stem: Any = block.stem
+    head: Any = block.head
+    boundary = stem(images, z / norm, torch.full((len(z),), math.log(sigma) / 4))
+    for layer in block.layers:
+        boundary = layer(boundary)
+    output = head.network_output(boundary)
+    if spec.diffusion_blocks.skip:
+        output = sigma_data**2 / norm**2 * z + sigma * sigma_data / norm * output
+    logits: Tensor = head(output, boundary.context["condition"])
+    return logits
+
+
+def plain_sigmas(spec: Spec, num_steps: int) -> list[float]:
+    """Descending, equally spaced in the probability of ln(sigma)."""
+    method = spec.diffusion_blocks
+    dist = NormalDist(method.p_mean, method.p_std)
+    low, high = dist.cdf(math.log(method.sigma_min)), dist.cdf(math.log(method.sigma_max))
+    return [math.exp(dist.inv_cdf(q)) for q in np.linspace(high, low, num_steps)]
+
+
+@torch.no_grad()
+def plain_chain(session: Session, images: Any, first: int, num_steps: int, *, hard: bool, draw: int) -> list[Tensor]:
+    """Logits (n, classes) of each step; ``first`` is the number of the first example."""
+    spec = session.spec
+    x, sigmas = torch.from_numpy(to_float(images)), plain_sigmas(spec, num_steps)
+    blocks = [block_of(session, index) for index in range(spec.num_blocks)]
+    stream = Stream(spec.train.seed, Purpose.EVALUATION_NOISE, 0, draw)
+    z = math.sqrt(1 + sigmas[0] ** 2) * torch.from_numpy(normal(stream, first, len(x), spec.model.width))
+    steps = []
+    for k, sigma in enumerate(sigmas):
+        # Block 0 owns the highest noise; a step on the border of two belongs to the lower.
+        block: Any = blocks[min(spec.num_blocks - 1, k * spec.num_blocks // max(1, num_steps - 1))]
+        logits = plain_logits(spec, block, x, z, sigma)
+        rows = block.codebook.rows / block.codebook.rows.norm(dim=1, keepdim=True)
+        denoised = rows[logits.argmax(1)] if hard else logits.softmax(1) @ rows
+        a = (sigmas[k + 1] if k + 1 < num_steps else 0.0) / sigma
+        z = a * z + (1 - a) * denoised
+        steps.append(logits)
+    return steps
+
+
+@pytest.mark.parametrize("projection", ["soft", "hard"])
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 7])
+def test_the_chain_step_by_step(session, digits, num_steps, projection):
+    """Four steps over three blocks fall on the borders of the bands."""
+    images, _ = digits.read(np.arange(5, 25))
+    sampler = Sampler(session, devices.open_device("cpu"), batch_size=7)
+    first, last = sampler.probabilities(images, 5, num_steps, projection, draws=2)
+    for draw in range(2):
+        steps = plain_chain(session, images, 5, num_steps, hard=projection == "hard", draw=draw)
+        for found, logits in ((first[draw], steps[0]), (last[draw], steps[-1])):
+            np.testing.assert_allclose(found, logits.softmax(1), rtol=1e-3, atol=1e-5)
+            assert (found.argmax(1) == logits.argmax(1).numpy()).all()
+
+
+class Few(Dataset):
+    """The first examples of another data set."""
+
+    def __init__(self, whole: Dataset) -> None:
+        super().__init__("few", whole.split, 300, whole.image_shape, whole.class_names)
+        self._whole = whole
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._whole.read(indices)
+
+
+def test_accuracy_is_that_of_the_mean_over_draws(session, digits, monkeypatch):
+    monkeypatch.setattr(sampling, "_CHUNK_EXAMPLES", 128)
+    images, labels = digits.read(np.arange(300))
+    found = accuracies(session, devices.open_device("cpu"), Few(digits), readouts(3, None, 3), batch_size=50)
+
+    def accuracy(probabilities: Tensor) -> float:
+        return 100 * float((probabilities.argmax(1).numpy() == labels).mean())
+
+    expected = {}
+    for name, hard in (("chain", False), ("chain-hard", True)):
+        draws = [plain_chain(session, images, 0, 3, hard=hard, draw=draw) for draw in range(3)]
+        first, _, last = (torch.stack(logits).softmax(2) for logits in zip(*draws, strict=True))
+        expected |= {name: accuracy(last[0]), f"{name}-mean3": accuracy(last.mean(0))}
+        expected |= {"sigma_max": accuracy(first[0]), "sigma_max-mean3": accuracy(first.mean(0))}
+    assert found == pytest.approx(expected, abs=0.01)
+    assert len(set(found.values())) > 2, "or the readings could be mixed up"
