@@ -92,6 +92,7 @@ class Engine:
         self.optimizer = AdamW(self.spec.optimizer)
         self.resident = Resident(device, largest_block(self.spec, session.shapes), choice.moments_resident)
         self.activations = self._activations(choice.activations)
+        self.micro_batch = choice.micro_batch
         self.retries = 0
         self._bad_steps: dict[int, int] = {}  # in a row, of each block: visits may be shorter than a divergence
 
@@ -137,6 +138,9 @@ class Engine:
         group = group_of_block(self.spec, block)
         transaction = store.transaction(group)
         progress = self.session.progress(block)
+        if self.micro_batch < progress.micro_batches[-1][1]:  # the budget is smaller than it was
+            progress = _with_micro_batch(progress, self.micro_batch)
+            transaction = self._commit(transaction, block, progress)
         modules = bind(self.resident, self.spec, self.session.shapes, self.family, block)
         self.resident.load(store)
         last_commit, end = time.monotonic(), progress.step + num_steps
@@ -200,7 +204,7 @@ class Engine:
             if isinstance(self.activations, Keep):
                 self.activations = Recompute()
             elif micro_batch > 1:
-                return replace(progress, micro_batches=(*progress.micro_batches, (step, (micro_batch + 1) // 2)))
+                return _with_micro_batch(progress, (micro_batch + 1) // 2)
             else:
                 raise BudgetBroken(
                     f"memory ran out in step {step} of block {block.index} with one example at a time: {reason}",
@@ -253,3 +257,8 @@ class Engine:
             return Update(own_lr, progress.updates + 1, decays)
 
         return update
+
+
+def _with_micro_batch(progress: BlockProgress, micro_batch: int) -> BlockProgress:
+    """From the next step on."""
+    return replace(progress, micro_batches=(*progress.micro_batches, (progress.step, micro_batch)))

@@ -48,27 +48,33 @@ class Choice:
 
 @dataclass(frozen=True)
 class Curve:
-    """What steps of 1, 2 and 3 layers took: ``points[layers - 1]`` are (micro_batch, value), ascending.
+    """What steps of 1, 2 and 3 layers took: ``points[layers - 1]`` are (micro_batch, value), ascending; ``bounds``
+    likewise are (micro_batch, value) of the first that did not fit, whose value is a lower bound, or None.
 
     A peak is the largest of several phases (all activations at the end of forward, gradients in the midst of backward),
     each linear in the micro-batch and in the layers: a convex function, so the steepest of its secants go on.
     """
 
     points: Sequence[Sequence[tuple[int, float]]]
+    bounds: Sequence[tuple[int, float] | None] = ()
 
     def at(self, layers: int, micro_batch: int) -> float:
         """The peak of ``layers`` layers at ``micro_batch``."""
         values = [self._through(points, micro_batch) for points in self.points]
         beyond = max(0, layers - len(values))
-        return max(0.0, values[min(layers, len(values)) - 1] + beyond * (values[-1] - values[-2]))
+        value = values[min(layers, len(values)) - 1] + beyond * (values[-1] - values[-2])
+        known = [one[1] for one in self.bounds[:layers] if one is not None and micro_batch >= one[0]]
+        return max(0.0, value, *known)
 
     @staticmethod
     def _through(points: Sequence[tuple[int, float]], micro_batch: int) -> float:
+        if micro_batch <= points[0][0]:
+            return points[0][1]
         lines = [
             low + (high - low) * (micro_batch - small) / (large - small)
             for (small, low), (large, high) in itertools.pairwise(points)
         ]
-        return max(lines)
+        return max(lines, default=points[0][1] * micro_batch / points[0][0])
 
     def rate(self, layers: int) -> float:
         """Per example, at the largest micro-batch."""
@@ -80,7 +86,7 @@ class Curve:
 class Probe:
     """What was measured: the process's memory before any block; peaks and times of steps by activations policy.
 
-    ``budget_bytes``: of what did not fit into it only this is known, its peak is a lower bound; None if all did.
+    ``budget_bytes``: what did not fit into it is not measured; None if all did.
     ``own_bytes``: the peak of those that are always made, below which no budget can be kept.
     """
 
@@ -93,12 +99,10 @@ class Probe:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Probe:
-        def curves(name: str) -> dict[str, Curve]:
-            return {kind: Curve(points) for kind, points in value[name].items()}
-
         return cls(
             value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
-            curves("step_bytes"), curves("step_s"),
+            {kind: Curve(**curve) for kind, curve in value["step_bytes"].items()},
+            {kind: Curve(points) for kind, points in value["step_s"].items()},
         )  # fmt: skip
 
 
@@ -120,8 +124,16 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def make_plan(spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, activations: str | None = None) -> Plan:
-    """The fastest way to train inside the budget.
+def make_plan(
+    spec: Spec,
+    probe: Probe,
+    budget_bytes: int,
+    num_threads: int,
+    activations: str | None = None,
+    *,
+    spec_is_fixed: bool = False,
+) -> Plan:
+    """The fastest way to train inside the budget. ``spec_is_fixed``: the error proposes no other spec.
 
     Raises:
         BudgetInfeasible: there is none; names the largest owner, the smallest budget, and what lowers it most.
@@ -136,7 +148,8 @@ def make_plan(spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, act
             f"{format_bytes(budget_bytes)} are too little: the least this training can do with is "
             f"{format_bytes(smallest)} ({smallest} bytes), the largest part of it {largest} with "
             f"{format_bytes(owners[largest])}",
-            f"Use --memory-budget {_advised_mib(smallest)}MiB" + _best_knob(spec, probe, activations, smallest),
+            f"Use --memory-budget {_advised_mib(smallest)}MiB"
+            + ("." if spec_is_fixed else _best_knob(spec, probe, activations, smallest)),
         )
     # Between equal times the first, which splits and moves least.
     fastest = min(seconds for _, _, seconds in fitting)
@@ -150,7 +163,8 @@ def make_plan(spec: Spec, probe: Probe, budget_bytes: int, num_threads: int, act
         choice=choice,
         step_s=seconds,
         session_bytes=session_bytes(spec, probe.shapes),
-        visit_written_bytes=3 * trained,
+        # Weights and moments at the end; streamed moments at every step besides.
+        visit_written_bytes=trained * (3 if choice.moments_resident else 1 + 2 * spec.train.visit_steps),
         num_threads=num_threads,
     )
 
@@ -175,6 +189,11 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
                 overhead = max(0.0, smallest_s - smallest * probe.step_s["keep"].rate(1))
                 seconds += (-(-batch_size // micro_batch) - 1) * overhead
                 yield Choice(micro_batch, kind, moments_resident), owners, seconds
+
+
+def largest_micro_batch(spec: Spec) -> int:
+    """The largest that a plan may choose."""
+    return spec.train.micro_batch or spec.train.batch_size
 
 
 def _splits(batch_size: int) -> list[int]:
@@ -253,14 +272,16 @@ def _cache_folder() -> Path:
 
 
 def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
-    """Of all that decides what a probe measures; the depth and the number of blocks do not."""
+    """Of all that decides what a probe measures; the depth, the number of blocks and the data's place do not."""
     model, method = dataclasses.asdict(spec.model), dataclasses.asdict(spec.diffusion_blocks)
     del model["depth"]
     measured = {name: method[name] for name in ("streams", "skip", "auxiliary", "codebook", "stem", "head")}
     machine = [platform.processor() or platform.machine(), platform.python_version(), os.cpu_count()]
     versions = [__version__, metadata.version("torch"), metadata.version("numpy")]
-    key = [model, measured, dataclasses.asdict(spec.data), machine, versions, device, num_threads]
+    data = dataclasses.asdict(spec.data)
+    del data["source"]
+    key = [model, measured, data, largest_micro_batch(spec), machine, versions, device, num_threads]
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 3
+_PROBE_VERSION = 4

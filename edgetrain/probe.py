@@ -18,7 +18,7 @@ from edgetrain.spec import Spec
 
 _SMALLEST_TENSOR_BYTES = 128 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
 _ALWAYS_MEASURED = 2  # layers, and micro-batches: the least that a line can be drawn through
-_REPEATS = 3  # of a step; memory does not vary, the machine's mood does
+_REPEATS, _ENOUGH_S = 3, 0.1  # of a step: memory does not vary, the machine's mood does, least so in long steps
 
 
 def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object]:
@@ -33,7 +33,7 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
     from edgetrain.models import build_family
     from edgetrain.objectives.base import Block, training_batches
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
-    from edgetrain.plan import ACTIVATIONS
+    from edgetrain.plan import ACTIVATIONS, largest_micro_batch
     from edgetrain.resident import Resident
     from edgetrain.stages import largest_block
 
@@ -51,14 +51,16 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
     small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
     # Another phase of the step has the peak once activations outgrow the gradient of a weight: measured beyond that.
     large = max(small, math.ceil(1.2 * model.width / model.num_patches))
-    micro_batches = sorted({small, 2 * small, large, 2 * large})
+    most = min(2 * large, largest_micro_batch(spec))
+    micro_batches = sorted({min(one, most) for one in (1, small, 2 * small, large, 2 * large)})
     family = build_family(spec)
     with tempfile.TemporaryDirectory() as scratch:
         device = devices.open_device(device_kind, Path(scratch))
         shapes: dict[str, dict[str, list[int]]] = {}
         step_bytes: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
+        bounds: dict[str, list[tuple[int, float] | None]] = {kind: [] for kind in ACTIVATIONS}
         step_s: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
-        left_out, own_bytes = False, 0
+        own_bytes = 0
         for layers in (1, 2, 3):
             one = dataclasses.replace(
                 spec,
@@ -100,6 +102,7 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
                 peaks, times = step_bytes[kind], step_s[kind]
                 peaks.append([])
                 times.append([])
+                bounds[kind].append(None)
                 for number, micro_batch in enumerate(micro_batches):
                     optional = layers > _ALWAYS_MEASURED or number >= _ALWAYS_MEASURED
                     before = meter.usage()
@@ -109,31 +112,31 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
                         run(policy, micro_batch)
                         before = meter.usage()
                         meter.reset_peak()
-                        seconds = min(timed(policy, micro_batch) for _ in range(_REPEATS))
+                        seconds = [timed(policy, micro_batch)]
+                        while len(seconds) < _REPEATS and sum(seconds) < _ENOUGH_S:
+                            seconds.append(timed(policy, micro_batch))
                     except (RuntimeError, MemoryError) as error:
                         if not limits.is_out_of_memory(error):
                             raise
-                        # All that is known of it: that it takes more than there is.
-                        left_out = True
                         limits.return_freed_memory()
-                        peaks[-1].append((micro_batch, budget_bytes - before.resident_bytes))
-                        continue
+                        bounds[kind][-1] = (micro_batch, budget_bytes - before.resident_bytes)
+                        break
                     finally:
                         limits.lift_data_limit()
-                    times[-1].append((micro_batch, seconds))
+                    times[-1].append((micro_batch, min(seconds)))
                     peak_bytes = meter.usage().peak_bytes
                     peaks[-1].append((micro_batch, peak_bytes - before.resident_bytes))
                     own_bytes = own_bytes if optional else max(own_bytes, peak_bytes)
-                if not times[-1]:
-                    del times[-1]
+                if len(peaks[-1]) < min(_ALWAYS_MEASURED, len(micro_batches)):
+                    del peaks[-1], times[-1]
         overlaid = max(math.prod(s) * 4 for tensors in shapes.values() for s in tensors.values())
         runtime_bytes = meter.usage().resident_bytes - overlaid
     return {
         "shapes": shapes,
-        "budget_bytes": budget_bytes if left_out else None,
+        "budget_bytes": budget_bytes if any(any(rows) for rows in bounds.values()) else None,
         "own_bytes": own_bytes,
         "runtime_bytes": runtime_bytes,
-        "step_bytes": step_bytes,
+        "step_bytes": {kind: {"points": step_bytes[kind], "bounds": bounds[kind]} for kind in ACTIVATIONS},
         "step_s": step_s,
     }
 

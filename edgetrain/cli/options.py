@@ -18,6 +18,7 @@ from edgetrain.units import parse_bytes
 
 if TYPE_CHECKING:
     from edgetrain.data import Dataset
+    from edgetrain.plan import Plan
     from edgetrain.session import Session
     from edgetrain.spec import Spec
 
@@ -124,6 +125,24 @@ def saved_budget(session: Session, budget: int | None) -> int:
     if budget is None and plan is None:
         raise UsageError("no budget is known for this session yet", "Name one: --memory-budget 350MiB.")
     return budget if budget is not None else int((plan or {})["budget_bytes"])
+
+
+def plan_of_session(
+    session: Session, spec: Spec, device: str, threads: int, budget: int, activations: str | None
+) -> Plan:
+    """The plan for going on with ``session``: with its own micro-batch, or only if that does not fit with a smaller."""
+    from edgetrain.cli.probe import probed
+    from edgetrain.errors import BudgetInfeasible
+    from edgetrain.plan import make_plan
+
+    own = max(session.progress(block).micro_batches[-1][1] for block in range(spec.num_blocks))
+    kept = replace(spec, train=replace(spec.train, micro_batch=own))
+    measured = probed(kept, device, threads, budget)
+    try:
+        return make_plan(kept, measured, budget, threads, activations)
+    except BudgetInfeasible:
+        free = replace(spec, train=replace(spec.train, micro_batch=0))
+        return make_plan(free, measured, budget, threads, activations, spec_is_fixed=True)
 
 
 def to_stderr(text: str) -> None:

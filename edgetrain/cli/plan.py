@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -49,16 +48,17 @@ def command(
             "plan needs a session, or --recipe", "edgetrain plan --recipe vit-digits --memory-budget 350MiB"
         )
     if session is not None:
+        if data is not None or assignments:
+            raise UsageError("--data and --set belong to --recipe: a session has its own data and settings")
         found = Session.open(session)
         spec = found.spec
-        micro_batch = max(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
-        spec = replace(spec, train=replace(spec.train, micro_batch=micro_batch))
         budget = options.saved_budget(found, budget)
+        plan = options.plan_of_session(found, spec, device, threads, budget, activations)
     else:
         if budget is None:
             raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")
         spec = options.with_shapes(options.new_spec(recipe or "", data, None, assignments))
-    plan = planning.make_plan(spec, probed(spec, device, threads, budget), budget, threads, activations)
+        plan = planning.make_plan(spec, probed(spec, device, threads, budget), budget, threads, activations)
     per_step = plan.visit_written_bytes / spec.train.visit_steps
 
     def text() -> str:

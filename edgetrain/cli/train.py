@@ -81,18 +81,14 @@ def command(
         spec = options.with_shapes(spec)
     else:
         spec, dataset = options.open_data(spec, "train", found.scratch)
-    measured = probed(spec, device, threads, budget)
-    # Not earlier: there was nothing to finish, and what is noted is forgotten when ``probed`` begins the process anew.
-    stopping = _stop_on_signals()
-    if found is not None:
-        largest = max(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
-        current = replace(spec, train=replace(spec.train, micro_batch=largest))
-        plan = planning.make_plan(current, measured, budget, threads, activations)
-    else:
+    if found is None:
+        measured = probed(spec, device, threads, budget)
         plan = planning.make_plan(spec, measured, budget, threads, activations)
         spec = replace(spec, train=replace(spec.train, micro_batch=plan.choice.micro_batch))
-    if stopping():
-        raise click.Abort
+    else:
+        plan = options.plan_of_session(found, spec, device, threads, budget, activations)
+    # Not earlier: there was nothing to finish, and what is noted is forgotten when a probe begins the process anew.
+    stopping = _stop_on_signals()
     options.start_torch(threads)
     if found is None:
         found = create(session, spec, measured)
