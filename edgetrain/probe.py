@@ -56,7 +56,12 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
     family = build_family(spec)
     with tempfile.TemporaryDirectory() as scratch:
         device = devices.open_device(device_kind, Path(scratch))
-        shapes: dict[str, dict[str, list[int]]] = {}
+        meta = build_modules(spec, family, 0)
+        kinds = {"codebook": meta.codebook, "stem": meta.stem, "layer": meta.layers[0], "head": meta.head}
+        shapes = {kind: {n: list(p.shape) for n, p in m.named_parameters()} for kind, m in kinds.items()}
+        # Every parameter's gradient is the same memory: their values do not matter here, their size does.
+        largest = max(math.prod(shape) for tensors in shapes.values() for shape in tensors.values())
+        overlaid = torch.zeros(largest, device=device.torch_device)
         step_bytes: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
         bounds: dict[str, list[tuple[int, float] | None]] = {kind: [] for kind in ACTIVATIONS}
         step_s: dict[str, list[list[tuple[int, float]]]] = {kind: [] for kind in ACTIVATIONS}
@@ -68,12 +73,12 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
                 diffusion_blocks=dataclasses.replace(spec.diffusion_blocks, num_blocks=1),
                 train=dataclasses.replace(spec.train, batch_size=micro_batches[-1], micro_batch=0),
             )
-            meta = build_modules(one, family, 0)
-            kinds = {"codebook": meta.codebook, "stem": meta.stem, "layer": meta.layers[0], "head": meta.head}
-            shapes = {kind: {n: list(p.shape) for n, p in m.named_parameters()} for kind, m in kinds.items()}
             resident = Resident(device, largest_block(one, shapes), moments_resident=False)
             block = bind(resident, one, shapes, family, 0)
-            _overlay_gradients(block)
+            for module in (block.codebook, block.stem, *block.layers, block.head):
+                for parameter in module.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = overlaid[: parameter.numel()].view(parameter.shape)
 
             objective = DiffusionBlocks(one, training_batches(one, data))
             tier = devices.Tier.DISK if device.capabilities.host_addressable else devices.Tier.HOST
@@ -129,8 +134,7 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
                     own_bytes = own_bytes if optional else max(own_bytes, peak_bytes)
                 if len(peaks[-1]) < min(_ALWAYS_MEASURED, len(micro_batches)):
                     del peaks[-1], times[-1]
-        overlaid = max(math.prod(s) * 4 for tensors in shapes.values() for s in tensors.values())
-        runtime_bytes = meter.usage().resident_bytes - overlaid
+        runtime_bytes = meter.usage().resident_bytes - overlaid.nbytes
     return {
         "shapes": shapes,
         "budget_bytes": budget_bytes if any(any(rows) for rows in bounds.values()) else None,
@@ -139,17 +143,3 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
         "step_bytes": {kind: {"points": step_bytes[kind], "bounds": bounds[kind]} for kind in ACTIVATIONS},
         "step_s": step_s,
     }
-
-
-def _overlay_gradients(block: object) -> None:
-    """Lets every parameter's gradient be the same memory: their values do not matter here, their size does."""
-    import torch
-
-    from edgetrain.objectives.base import Block
-
-    assert isinstance(block, Block)
-    modules = [block.codebook, block.stem, *block.layers, block.head]
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    shared = torch.zeros(max(p.numel() for p in parameters), device=parameters[0].device)
-    for parameter in parameters:
-        parameter.grad = shared[: parameter.numel()].view(parameter.shape)
