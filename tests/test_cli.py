@@ -647,6 +647,30 @@ def test_verify_finds_a_flipped_bit(place, complete, session, file):
     assert place.json("status", session)["digest"] == complete["digest"], "status reads manifests alone"
 
 
+def test_less_memory_than_before_goes_on_with_smaller_micro_batches(place, tmp_path):
+    path = tmp_path / "s"
+    one = ["--threads", 1, "--activations", "keep"]
+    whole = [f"train.{name}=384" for name in ("batch_size", "micro_batch")] + ["model.patch=1"]
+    settings = [word for setting in whole for word in ("--set", setting)]
+    first = place.json(*place.train(path, "--visits", 1), *settings, "--activations", "keep")
+    less = ["--memory-budget", first["plan_peak_bytes"] - (16 << 20), *one]
+    assert place.json("plan", path, *less)["choice"]["micro_batch"] < 384
+    done = place.json("train", path, *less, "--visits", 2)
+    assert done["peak_bytes"] <= done["budget_bytes"] < first["peak_bytes"]
+    assert (done["retries"], done["activations"]) == (0, "keep")
+    logs = [row["micro_batches"] for row in place.json("status", path)["blocks"]]
+    assert logs == [[[0, 384], [0, done["micro_batch"]]], [[0, 384], [4, done["micro_batch"]]]]
+    assert place.json("verify", path)["digest"] == done["digest"]
+    refused = place.run("train", path, "--memory-budget", "100MiB", "--json")
+    assert refused.returncode == 3
+    assert "--set" not in json.loads(refused.stdout)["hint"], "a session's spec cannot change"
+
+
+@pytest.mark.parametrize("given", [["--data", "digits"], ["--set", "train.batch_size=4"]])
+def test_plan_of_a_session_takes_no_other_settings(place, complete, given):
+    assert place.run("plan", complete["session"], *given).returncode == 2
+
+
 def test_steps_below_what_is_done_are_refused(place, complete, session):
     assert "60 steps are trained already" in place.fails(2, "train", session, "--threads", 1, "--steps", 50)
     assert "train.seed" in place.fails(2, "train", session, "--threads", 1, "--set", "train.seed=3")
