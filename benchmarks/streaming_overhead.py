@@ -108,7 +108,13 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
 
     folder.mkdir()
     dataset = open_dataset("digits", "train", folder / "scratch-data")
-    changes = {"model.width": width, "train.visit_steps": length, "train.steps": 100_000, "train.micro_batch": 64}
+    changes = {
+        "model.width": width,
+        "train.visit_steps": length,
+        "train.steps": 100_000,
+        "train.batch_size": 64,
+        "train.micro_batch": 64,
+    }
     known = {"model.image_shape": list(dataset.image_shape), "model.num_classes": dataset.num_classes}
     spec = resolve(load_recipe("vit-digits"), {**changes, **known})
     probe = planning.Probe.from_json(measure(spec, "cpu", _BUDGET_BYTES))
@@ -149,7 +155,7 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--rounds", type=int, default=10, help="rounds of three visits")
+    made.add_argument("--rounds", type=int, default=10, help="rounds of three visits of 20 steps; of longer ones fewer")
     options = made.parse_args()
     prepare_process(options.threads)
     import torch
@@ -160,7 +166,7 @@ def main() -> None:
     with temporary_folder() as folder:
         for width in (64,) if options.quick else (64, 256):
             for length in (20, 75):
-                rounds = 2 if options.quick else options.rounds
+                rounds = 2 if options.quick else max(3, options.rounds * 20 // length)
                 medians, differing = measure(folder / f"{width}-{length}", width, length, rounds, options.threads)
                 worst = max(worst, differing)
                 ratios = [f"{medians['edgetrain'] / medians[arm]:.3f}" for arm in _ARMS[1:]]
