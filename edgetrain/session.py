@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,8 +76,10 @@ class Session:
         return (path / "session.json").exists()
 
     @classmethod
-    def create(cls, path: Path, spec: Spec, shapes: Shapes, initial: Initial) -> Session:
-        """Makes the files and commits the initial weights.
+    def create(
+        cls, path: Path, spec: Spec, shapes: Shapes, initial: Initial, class_names: Sequence[str] = ()
+    ) -> Session:
+        """Makes the files and commits the initial weights. ``class_names`` are kept for exports.
 
         Raises:
             UsageError: the folder holds something else.
@@ -99,7 +101,8 @@ class Session:
             with store.lock(groups(spec)):
                 _write_initial(store, spec, shapes, initial)
             header = {"format": "edgetrain.session", "version": FORMAT_VERSION, "edgetrain": __version__}
-            _write(path / "session.json", json.dumps({**header, "shapes": shapes}, indent=1))
+            names = {"class_names": list(class_names)} if class_names else {}
+            _write(path / "session.json", json.dumps({**header, **names, "shapes": shapes}, indent=1))
             marker.unlink()
         return cls(path, spec, shapes, store)
 

@@ -51,7 +51,7 @@ def next_visit(spec: Spec, steps_done: Sequence[int], blocks: Sequence[int]) -> 
     return block, min(length - steps_done[block] % length, total - steps_done[block])
 
 
-def create(path: Path, spec: Spec, probe: Probe) -> Session:
+def create(path: Path, spec: Spec, probe: Probe, class_names: Sequence[str] = ()) -> Session:
     """A new session with its initial weights: a pure function of the spec."""
     import numpy as np
 
@@ -70,7 +70,7 @@ def create(path: Path, spec: Spec, probe: Probe) -> Session:
             codebook_rows(normals) if stage.kind == "codebook" else family.initialise(stage.kind, tensor.name, normals)
         )
 
-    return Session.create(path, spec, probe.shapes, initial)
+    return Session.create(path, spec, probe.shapes, initial, class_names)
 
 
 def train(

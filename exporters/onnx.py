@@ -1,7 +1,7 @@
 """A session as ONNX: emitted from its slots without torch, in the memory of one small buffer.
 
 with stage(session, to, single_file=False) as staged:
-    parity.check(session.path, staged.folder, budget_bytes)
+    parity.check(session.path, staged.folder, reference, budget_bytes)
     export = staged.publish()
 """
 
@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, cast
 
 from devices.meter import usage
 from edgetrain import __version__
-from edgetrain.data import open_dataset
-from edgetrain.errors import BadInput, DiskError, SessionLocked, UsageError
-from edgetrain.session import Session
+from edgetrain.errors import BadInput, SessionCorrupt, SessionLocked, UsageError
+from edgetrain.session import Session, read_json
 from edgetrain.store import disk
 from exporters import vit
 from exporters.manifest import MANIFEST, MODEL, PREPROCESSING, WEIGHTS, FileRecord, Manifest, block_file
@@ -56,7 +55,7 @@ class StagedExport:
         Raises:
             UsageError: meanwhile there is something else in that place.
         """
-        _check_replaceable(self._to)
+        check_replaceable(self._to)
         earlier = _beside(self._to, "earlier")
         with disk.disk_errors(self._to):
             for path in self.folder.iterdir():
@@ -85,14 +84,14 @@ def stage(session: Session, to: Path, single_file: bool) -> Iterator[StagedExpor
         DiskError: the disk is full, read-only, or failed.
     """
     to = to.absolute()
-    _check_replaceable(to)
+    check_replaceable(to)
     with _scratch_folder(to) as folder:
         _emit(session, folder, single_file)
         yield StagedExport(folder, to, usage().peak_bytes)
 
 
-def _check_replaceable(to: Path) -> None:
-    """Replacing ``to`` must lose nothing but an export."""
+def check_replaceable(to: Path) -> None:
+    """Replacing ``to`` must lose nothing but an export: UsageError otherwise."""
     hint = "Name a new folder."
     if to.is_symlink() or (to.exists() and not to.is_dir()):
         raise UsageError(f"{to} is not a folder", hint)
@@ -208,10 +207,10 @@ def _check(path: Path) -> None:
 
 
 def _class_names(session: Session) -> tuple[str, ...]:
-    """The names that the data gives its classes; numbers if it isn't here, or isn't the same any more."""
-    numbers = tuple(map(str, range(session.spec.model.num_classes)))
-    try:
-        names = open_dataset(session.spec.data.source, "train", session.scratch).class_names
-    except (BadInput, DiskError):
-        return numbers
-    return names if len(names) == len(numbers) else numbers
+    """The names that the session keeps; numbers where it has none."""
+    numbers = [str(number) for number in range(session.spec.model.num_classes)]
+    path = session.path / "session.json"
+    names = read_json(path).get("class_names", numbers)
+    if not isinstance(names, list) or len(names) != len(numbers) or not all(isinstance(name, str) for name in names):
+        raise SessionCorrupt(f"{path} is damaged: its class_names are no {len(numbers)} names")
+    return tuple(names)

@@ -290,6 +290,11 @@ def test_recipes_and_devices(place):
     copied = place.folder / "copied.toml"
     copied.write_text(text)
     assert place.json("recipes", copied.name.removesuffix(".toml"), exit_code=2)["error"] == "UsageError"
+    assert "did you mean 'vit-digits'" in place.fails(2, "recipes", "vit-digit")
+    assert "cannot be read" in place.fails(2, "recipes", "none.toml")
+    resolved = place.json("recipes", place.recipe)["recipe"]
+    assert (resolved["model"]["width"], resolved["model"]["mlp_ratio"]) == (16, 4)
+    assert "visit_steps = 4" in place.run("recipes", place.recipe).stdout
     assert "cpu" in {profile["kind"] for profile in place.json("devices")["devices"]}
 
 
@@ -510,6 +515,29 @@ def test_data_that_does_not_fit_the_session(place, session, tmp_path):
     assert place.json("status", session)["steps"] == 60
 
 
+def test_data_is_found_from_any_folder(place, tmp_path):
+    write_image_folder(place.folder / "images" / "train", ("cat", "dog"), 6)
+    write_image_folder(place.folder / "images" / "test", ("cat", "dog"), 2)
+    place.json(*place.train(tmp_path / "s", "--data", "images", "--visits", 1, "--set", "model.patch=1"))
+    elsewhere = copy.copy(place)
+    elsewhere.folder = tmp_path
+    assert elsewhere.json("evaluate", "s", "--threads", 1)["results"]
+    shutil.rmtree(place.folder / "images")
+    elsewhere.json("export", "s", "--to", "model")
+    assert json.loads((tmp_path / "model" / "manifest.json").read_text())["class_names"] == ["cat", "dog"]
+
+
+def test_images_are_classified_chunk_by_chunk(place, complete, tmp_path):
+    place.json("export", complete["session"], "--to", tmp_path / "model")
+    image = tmp_path / "one.png"
+    write_image(image, random_images(1, 8, 8)[0])
+    few = place.json("predict", tmp_path / "model", *[image] * 256, "--threads", 1)
+    many = place.json("predict", tmp_path / "model", *[image] * 3000, "--threads", 1)
+    assert len(many["predictions"]) == 3000
+    assert many["predictions"][0]["class"] == few["predictions"][0]["class"]
+    assert many["peak_bytes"] - few["peak_bytes"] < 6 << 20
+
+
 # ------------------------------------------------------------------------------------------- the loss, and the disk
 
 
@@ -615,6 +643,13 @@ def test_a_manifest_with_a_changed_number(place, session):
     path.write_text(text.replace('"step":60', '"step":61'))
     assert path.read_text() != text
     assert "checksum" in place.fails(4, "status", session)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"budget_bytes": "many"}', '{"budget_bytes": -1}', "[1", "[]"])
+def test_a_damaged_plan(place, session, content):
+    (session / "plan.json").write_text(content)
+    assert "plan.json" in place.fails(4, "evaluate", session)
+    assert place.run("plan", session, "--threads", 1, "--memory-budget", BUDGET).returncode == 0
 
 
 @pytest.mark.parametrize("damage", ["spec.toml", "missing manifest", "missing slot", "short slot"])

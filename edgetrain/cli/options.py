@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgetrain.errors import BadInput, EdgetrainError, UsageError
+from edgetrain.errors import BadInput, EdgetrainError, SessionCorrupt, UsageError
 from edgetrain.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -94,10 +94,24 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="edgetrain.", dir=os.environ.get("TMPDIR", "/var/tmp"))
 
 
-def with_shapes(spec: Spec) -> Spec:
-    """The spec with the shapes that its data decides, before there is a session: nothing is left of the look."""
+def with_shapes(spec: Spec) -> tuple[Spec, tuple[str, ...]]:
+    """The spec with the shapes that its data decides, and the names of the classes.
+
+    Before there is a session: nothing is left of the look.
+    """
     with temporary_folder() as scratch:
-        return open_data(spec, "train", Path(scratch))[0]
+        spec, dataset = open_data(spec, "train", Path(scratch))
+        return spec, dataset.class_names
+
+
+def located(spec: Spec) -> Spec:
+    """The spec as a session keeps it: its data is found from any working directory."""
+    from edgetrain.data import DIGITS
+
+    if spec.data.source == DIGITS:
+        return spec
+    source = str(Path(spec.data.source).expanduser().absolute())
+    return replace(spec, data=replace(spec.data, source=source))
 
 
 def check_device(kind: str) -> None:
@@ -121,10 +135,16 @@ def start_torch(num_threads: int) -> None:
 
 def saved_budget(session: Session, budget: int | None) -> int:
     """The budget named now, or the one of the latest training."""
+    if budget is not None:
+        return budget
+    hint = "Name one: --memory-budget 350MiB."
     plan = session.last_plan()
-    if budget is None and plan is None:
-        raise UsageError("no budget is known for this session yet", "Name one: --memory-budget 350MiB.")
-    return budget if budget is not None else int((plan or {})["budget_bytes"])
+    if plan is None:
+        raise UsageError("no budget is known for this session yet", hint)
+    saved = plan.get("budget_bytes")
+    if type(saved) is not int or saved <= 0:
+        raise SessionCorrupt(f"{session.path / 'plan.json'} is damaged: its budget_bytes is {saved!r}", hint)
+    return saved
 
 
 def plan_of_session(

@@ -57,7 +57,7 @@ def command(
     else:
         if budget is None:
             raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")
-        spec = options.with_shapes(options.new_spec(recipe or "", data, None, assignments))
+        spec, _ = options.with_shapes(options.new_spec(recipe or "", data, None, assignments))
         plan = planning.make_plan(spec, probed(spec, device, threads, budget), budget, threads, activations)
     per_step = plan.visit_written_bytes / spec.train.visit_steps
 

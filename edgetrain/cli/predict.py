@@ -57,12 +57,15 @@ def command(
     names = predictor.manifest.class_names
     settings: dict[str, Any] = {"num_steps": euler_steps, "projection": projection, "draws": draws}
     if images:
-        pixels = np.stack([load_image(path, predictor.manifest.image_shape) for path in images])
-        found = predictor.predict(to_float(pixels), 0, **settings).probabilities
-        rows = [
-            {"image": str(path), "class": names[int(p.argmax())], "probability": float(p.max())}
-            for path, p in zip(images, found, strict=True)
-        ]
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(images), _CHUNK_EXAMPLES):
+            chunk = images[start : start + _CHUNK_EXAMPLES]
+            pixels = np.stack([load_image(path, predictor.manifest.image_shape) for path in chunk])
+            found = predictor.predict(to_float(pixels), start, **settings).probabilities
+            rows += [
+                {"image": str(path), "class": names[int(p.argmax())], "probability": float(p.max())}
+                for path, p in zip(chunk, found, strict=True)
+            ]
         value: dict[str, Any] = {"predictions": rows, "peak_bytes": usage().peak_bytes}
         lines = [f"{row['image']}: {row['class']} ({row['probability']:.3f})" for row in rows]
     else:

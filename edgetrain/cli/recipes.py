@@ -11,18 +11,21 @@ from edgetrain.cli import options
 @click.argument("name", required=False)
 @options.JSON
 def command(name: str | None, as_json: bool) -> None:
-    """List the built-in recipes, or print one as TOML to start your own from.
+    """List the built-in recipes, or print one as TOML to start your own from; of a TOML file, all that it resolves to.
 
     \b
-    Example:
+    Examples:
       edgetrain recipes vit-digits > my.toml
+      edgetrain recipes my.toml
     """
-    from edgetrain.spec import builtin_recipes, load_recipe
+    import tomllib
+
+    from edgetrain.spec import builtin_recipes, load_recipe, resolve, to_toml
 
     recipes = builtin_recipes()
     if name is not None:
-        tables = load_recipe(name)
-        options.emit({"name": name, "recipe": tables}, as_json, recipes[name].rstrip)
+        toml = recipes[name] if name in recipes else to_toml(resolve(load_recipe(name)))
+        options.emit({"name": name, "recipe": tomllib.loads(toml)}, as_json, toml.rstrip)
         return
 
     def text() -> str:

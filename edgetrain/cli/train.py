@@ -77,8 +77,9 @@ def command(
         budget = options.saved_budget(found, budget)
         found.check_change(spec)
     chosen = _blocks(blocks, spec.num_blocks)
+    spec = options.located(spec)
     if found is None:
-        spec = options.with_shapes(spec)
+        spec, class_names = options.with_shapes(spec)
     else:
         spec, dataset = options.open_data(spec, "train", found.scratch)
     if found is None:
@@ -91,7 +92,7 @@ def command(
     stopping = _stop_on_signals()
     options.start_torch(threads)
     if found is None:
-        found = create(session, spec, measured)
+        found = create(session, spec, measured, class_names)
         spec, dataset = options.open_data(spec, "train", found.scratch)
     with Display(plan, quiet=not sys.stderr.isatty()) as display:
         summary = train(

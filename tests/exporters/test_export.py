@@ -11,14 +11,14 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from edgetrain.errors import SessionLocked, UsageError
+from edgetrain.errors import SessionCorrupt, SessionLocked, UsageError
 from edgetrain.session import Session
 from exporters import weights
 from exporters.manifest import Manifest, block_file
 from exporters.onnx import stage
 from exporters.reference import Model
 from exporters.runtime import Predictor, open_model
-from tests.exporters.common import VARIANTS, export, make_session, run_python, small_spec
+from tests.exporters.common import VARIANTS, export, make_session, random_weights, run_python, shapes_of, small_spec
 
 RTOL, ATOL = 1e-4, 1e-5
 
@@ -132,8 +132,19 @@ def test_manifest_is_enough_for_a_host_loop(small: Session, tmp_path: Path) -> N
     assert content["preprocessing"] == "x/127.5-1"
 
 
-def test_class_names_are_numbers_where_the_data_is_gone(tmp_path: Path) -> None:
-    session = make_session(tmp_path / "s", small_spec({"data.source": str(tmp_path / "gone")}))
+def test_class_names_are_the_sessions(tmp_path: Path) -> None:
+    """The data need not be there."""
+    spec = small_spec({"data.source": str(tmp_path / "gone")})
+    names = [f"class {i}" for i in range(10)]
+    session = Session.create(tmp_path / "s", spec, shapes_of(spec), random_weights, names)
+    assert Manifest.read(export(session, tmp_path / "e")).class_names == tuple(names)
+    path = session.path / "session.json"
+    header = json.loads(path.read_text())
+    path.write_text(json.dumps(header | {"class_names": names[1:]}))
+    with pytest.raises(SessionCorrupt, match="class_names"):
+        export(session, tmp_path / "e")
+    del header["class_names"]  # as earlier versions made it
+    path.write_text(json.dumps(header))
     assert Manifest.read(export(session, tmp_path / "e")).class_names == tuple(map(str, range(10)))
 
 
