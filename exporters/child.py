@@ -1,38 +1,35 @@
-"""Entry of the two processes of ``exporters.parity``: prepares the process before anything large is imported."""
+"""Entry of the process of ``exporters.compare``: prepares the process before anything large is imported."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
+from pathlib import Path
 
 from devices import limits
 from devices.meter import usage
-from edgetrain.errors import BudgetBroken, EdgetrainError
-from edgetrain.units import format_bytes
+from edgetrain.errors import EdgetrainError
+from edgetrain.store import disk
 
 
-def main(module: str, request_text: str) -> None:
-    """Runs ``exporters.MODULE`` on the request; prints its report, or its error, as a line of JSON."""
+def main(request_text: str) -> None:
+    """Compares as requested; prints the report, or the error, as a line of JSON."""
     limits.prepare_process(1)
-    from exporters.parity import Request
+    from exporters import compare, parity
 
-    request = Request.parse(request_text)
+    request = parity.Request.parse(request_text)
     try:
-        report = importlib.import_module(f"exporters.{module}").run(request)
+        with parity.memory_errors(request.budget_bytes):
+            report = compare.run(request)
     except EdgetrainError as error:
-        report = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-    except Exception as error:
-        if not limits.is_out_of_memory(error):
-            raise
-        limits.lift_data_limit()
-        report = {
-            "error": BudgetBroken.__name__,
-            "message": "comparing the export with the model takes more than the "
-            f"{format_bytes(request.budget_bytes or 0)} that the budget leaves for it",
-            "hint": "Give a larger budget. One graph for each block needs less than a single file.",
-        }
+        report = _told(error)
+    except OSError as error:
+        report = _told(disk.explain(error, Path(error.filename or request.export_path)))
     print(json.dumps({"peak_bytes": usage().peak_bytes, **report}))
+
+
+def _told(error: EdgetrainError) -> dict[str, object]:
+    return {"error": type(error).__name__, "message": error.message, "hint": error.hint}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,18 @@ def run(request: parity.Request) -> dict[str, Any]:
     session = Session.open(request.session_path)
     layouts = [] if manifest.single_file else largest_block(session.spec, session.shapes)
     import_onnxruntime()
-    parity.limit_memory(request, sum(layout.section_bytes(layout.roles[0].name) for layout in layouts))
+    parity.limit_memory(request.budget_bytes, sum(layout.section_bytes(layout.roles[0].name) for layout in layouts))
     names = parity.OUTPUTS[manifest.single_file]
+    references = io.BytesIO(parity.read_all(request.descriptor))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     opened, model = "", None
-    for file, count, inputs in parity.cases(manifest):
+    for file, count, inputs in parity.cases(session.spec, manifest.single_file):
         if opened != file:
             model = None  # before the next one is loaded
             opened, model = file, open_model(request.export_path / file, 1)
         assert model is not None
         for name, array in zip(names, model.run(list(names), inputs), strict=True):
-            reference = np.load(parity.reference_path(request.work_path, file, count, name), allow_pickle=False)
+            reference = np.load(references, allow_pickle=False)
             row = difference(array, reference) | {"rtol": parity.RTOL, "atol": parity.ATOL, "batch_sizes": [count]}
             key = (file, name)
             rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}

@@ -1,6 +1,7 @@
 """Whether an export computes what the session's model does: torch in one process, onnxruntime in another.
 
-One after the other, so that neither torch's memory nor onnxruntime's adds to the other's, each under what the
+One after the other, so that neither torch's memory nor onnxruntime's adds to the other's. Torch needs nearly all of a
+small budget: it comes first, in a process that nothing waits for (``exporters.reference``). Onnxruntime gets what the
 budget leaves beside this process. This module imports neither.
 """
 
@@ -10,8 +11,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,9 +23,9 @@ from numpy.typing import NDArray
 from devices import limits
 from devices.meter import resident_bytes_fast, usage
 from edgetrain import errors
-from edgetrain.errors import BudgetBroken, ParityFailed
+from edgetrain.errors import BudgetBroken, ParityFailed, SessionLocked
 from edgetrain.randomness import Purpose, Stream, normal, uniform
-from edgetrain.session import Session
+from edgetrain.spec import Spec
 from edgetrain.store.disk import replace_file
 from edgetrain.units import format_bytes
 from exporters.manifest import MODEL, Manifest, block_file
@@ -38,22 +39,32 @@ _IMAGES, _SIGMA, _STATE = range(3)  # streams of their own, whatever evaluation 
 
 
 @dataclass(frozen=True)
+class Reference:
+    """What torch computed. ``descriptor``: of the file with the outputs of all ``cases``, in their order."""
+
+    descriptor: int
+    digest: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Request:
-    """What both processes get to know: ``work_path`` is where the first one leaves its outputs for the second."""
+    """What the process with onnxruntime gets to know."""
 
     session_path: Path
     export_path: Path
-    work_path: Path
+    descriptor: int
     budget_bytes: int | None
 
     @classmethod
     def parse(cls, text: str) -> Self:
         fields = json.loads(text)
-        budget_bytes = fields.pop("budget_bytes")
-        return cls(**{name: Path(path) for name, path in fields.items()}, budget_bytes=budget_bytes)
+        return cls(Path(fields.pop("session_path")), Path(fields.pop("export_path")), **fields)
 
 
-def check(session_path: Path, export_path: Path, budget_bytes: int | None) -> list[dict[str, Any]]:
+def check(
+    session_path: Path, export_path: Path, reference: Reference, budget_bytes: int | None
+) -> list[dict[str, Any]]:
     """Compares every output of every model in ``export_path`` and writes parity.json beside them.
 
     Args:
@@ -66,17 +77,16 @@ def check(session_path: Path, export_path: Path, budget_bytes: int | None) -> li
     Raises:
         ParityFailed: an output differs by more than ``atol + rtol * |reference|``, or is not finite.
         BudgetBroken: the budget is too small to run the model.
-        SessionLocked: the session was trained on since it was exported.
+        SessionLocked: the session was trained on while it was exported.
     """
-    session = Session.open(session_path)
+    digest = Manifest.read(export_path).digest
+    if digest != reference.digest:
+        raise SessionLocked(f"{session_path} was trained on while it was exported", "Export it again.")
     remaining = None if budget_bytes is None else budget_bytes - resident_bytes_fast()[0]
-    # A few KiB, and not in the session, which may lie in a folder that can only be read.
-    with tempfile.TemporaryDirectory(prefix="parity.") as work:
-        request = Request(session_path.absolute(), export_path.absolute(), Path(work), remaining)
-        reference, compared = _run("reference", request), _run("compare", request)
+    compared = _compare(Request(session_path.absolute(), export_path.absolute(), reference.descriptor, remaining))
     rows: list[dict[str, Any]] = compared["rows"]
-    peaks = {"reference": reference["peak_bytes"], "compare": compared["peak_bytes"]}
-    report = {"digest": session.store.digest(), "outputs": rows, "peak_bytes": peaks}
+    peaks = {"reference": reference.peak_bytes, "compare": compared["peak_bytes"]}
+    report = {"digest": digest, "outputs": rows, "peak_bytes": peaks}
     replace_file(export_path / PARITY, json.dumps(report, indent=1).encode())
     failed = [row for row in rows if not row["passed"]]
     if failed:
@@ -89,35 +99,55 @@ def check(session_path: Path, export_path: Path, budget_bytes: int | None) -> li
     return rows
 
 
-def _run(module: str, request: Request) -> dict[str, Any]:
-    """What ``exporters.MODULE`` reports, run by ``exporters.child``; its error becomes one of this process."""
+def _compare(request: Request) -> dict[str, Any]:
+    """What ``exporters.compare`` reports, run by ``exporters.child``; its error becomes one of this process."""
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", "exporters.child", module, json.dumps(asdict(request), default=str)],
+        [sys.executable, "-m", "exporters.child", json.dumps(asdict(request), default=str)],
         env=os.environ | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
         check=False,
+        pass_fds=[request.descriptor],
     )
     try:
         report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):
-        raise ParityFailed(
-            f"the process of exporters.{module} ended with {done.returncode}: {done.stderr.strip()[-2000:]}"
-        ) from None
+        raise ParityFailed(f"the comparison ended with {done.returncode}: {done.stderr.strip()[-2000:]}") from None
     if "error" in report:
         raise getattr(errors, report["error"])(report["message"], report["hint"])
-    if request.budget_bytes is not None and report["peak_bytes"] > request.budget_bytes:
-        raise BudgetBroken(
-            f"comparing took {format_bytes(report['peak_bytes'])}, "
-            f"more than the {format_bytes(request.budget_bytes)} that the budget leaves for it",
-            "Give a larger budget.",
-        )
+    check_peak(report["peak_bytes"], request.budget_bytes)
     return report
 
 
-def limit_memory(request: Request, mapped_bytes: int = 0) -> None:
+def check_peak(peak_bytes: int, budget_bytes: int | None) -> None:
+    """Raises BudgetBroken if the process took more than it may."""
+    if budget_bytes is not None and peak_bytes > budget_bytes:
+        raise BudgetBroken(
+            f"comparing took {format_bytes(peak_bytes)}, "
+            f"more than the {format_bytes(budget_bytes)} that the budget leaves for it",
+            "Give a larger budget.",
+        )
+
+
+@contextmanager
+def memory_errors(budget_bytes: int | None) -> Iterator[None]:
+    """Lifts the limit and raises BudgetBroken where memory runs out inside."""
+    try:
+        yield
+    except Exception as error:
+        if not limits.is_out_of_memory(error):
+            raise
+        limits.lift_data_limit()
+        raise BudgetBroken(
+            "comparing the export with the model takes more than the "
+            f"{format_bytes(budget_bytes or 0)} that the budget leaves for it",
+            "Give a larger budget. One graph for each block needs less than a single file.",
+        ) from error
+
+
+def limit_memory(budget_bytes: int | None, mapped_bytes: int = 0) -> None:
     """Keeps this process within the budget from now on. Call after imports and a warm-up.
 
     Args:
@@ -127,29 +157,34 @@ def limit_memory(request: Request, mapped_bytes: int = 0) -> None:
     Raises:
         BudgetBroken: it is beyond it already.
     """
-    if request.budget_bytes is None or not limits.supported():
+    if budget_bytes is None or not limits.supported():
         return
     now = usage()
-    limit = limits.data_limit_for(request.budget_bytes - mapped_bytes, now)
+    limit = limits.data_limit_for(budget_bytes - mapped_bytes, now)
     if limit < now.data_bytes:
         raise BudgetBroken(
-            f"comparing needs more than the {format_bytes(request.budget_bytes)} that the budget leaves for it: "
+            f"comparing needs more than the {format_bytes(budget_bytes)} that the budget leaves for it: "
             f"{format_bytes(now.resident_bytes + mapped_bytes)} without room to compute in",
             "Give a larger budget.",
         )
     limits.set_data_limit(limit + 2 * mapped_bytes)
 
 
-def cases(manifest: Manifest) -> Iterator[tuple[str, int, dict[str, NDArray[np.float32]]]]:
+def read_all(descriptor: int) -> bytes:
+    """The whole file, from its start wherever its position is."""
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, NDArray[np.float32]]]]:
     """(file, batch size, inputs by name) of everything that is compared; ``sigma`` as a block meets it."""
-    schedule, width = manifest.schedule, manifest.width
-    files = [MODEL] if manifest.single_file else [block_file(block) for block in range(schedule.num_blocks)]
+    schedule, width, image_shape = spec.diffusion_blocks.noise, spec.model.width, spec.model.image_shape
+    files = [MODEL] if single_file else [block_file(block) for block in range(schedule.num_blocks)]
     for block, file in enumerate(files):
         for count in BATCH_SIZES:
-            images = uniform(_stream(_IMAGES, block), 0, count, int(np.prod(manifest.image_shape))) * 2 - 1
+            images = uniform(_stream(_IMAGES, block), 0, count, int(np.prod(image_shape))) * 2 - 1
             unit = normal(_stream(_STATE, block), 0, count, width)
-            inputs = {"images": images.astype(np.float32).reshape(count, *manifest.image_shape)}
-            if manifest.single_file:
+            inputs = {"images": images.astype(np.float32).reshape(count, *image_shape)}
+            if single_file:
                 inputs["noise"] = unit
             else:
                 uniforms = uniform(_stream(_SIGMA, block), 0, count)[:, 0]
@@ -160,11 +195,6 @@ def cases(manifest: Manifest) -> Iterator[tuple[str, int, dict[str, NDArray[np.f
 
 def _stream(what: int, block: int) -> Stream:
     return Stream(_SEED, Purpose.EVALUATION_NOISE, 1 + what, block)
-
-
-def reference_path(work: Path, file: str, count: int, output: str) -> Path:
-    """Where the reference of one output is, as .npy."""
-    return work / f"{file}.{count}.{output}.npy"
 
 
 OUTPUTS: Mapping[bool, tuple[str, str]] = {False: ("logits", "denoised"), True: ("logits", "sigma_max_logits")}

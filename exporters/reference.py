@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.errors import SessionLocked
+from devices.meter import usage
 from edgetrain.noise import euler_coefficients
 from edgetrain.session import Session
 from edgetrain.spec import Spec
 from edgetrain.stages import Stage, stages_of_block
+from edgetrain.store import disk
 from exporters import parity
-from exporters.manifest import Manifest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,25 +108,30 @@ class Model:
                 return self._family.build_head()
 
 
-def run(request: parity.Request) -> dict[str, Any]:
-    """Computes every case and leaves its outputs in ``request.work_path``."""
-    session, manifest = Session.open(request.session_path), Manifest.read(request.export_path)
-    if session.store.digest() != manifest.digest:
-        raise SessionLocked(f"{request.session_path} was trained on since it was exported", "Export it again.")
-    _warm_up(session.spec)
-    parity.limit_memory(request)
-    model = Model(session)
-    by_file: dict[str, list[tuple[int, dict[str, Floats]]]] = {}
-    for file, count, inputs in parity.cases(manifest):
-        by_file.setdefault(file, []).append((count, inputs))
-    for block, (file, batches) in enumerate(by_file.items()):
-        counts, inputs_of = zip(*batches, strict=True)
-        given = {name: [inputs[name] for inputs in inputs_of] for name in inputs_of[0]}
-        outputs = model.chain(**given) if manifest.single_file else model.block(block, **given)
-        for count, arrays in zip(counts, outputs, strict=True):
-            for name, array in zip(parity.OUTPUTS[manifest.single_file], arrays, strict=True):
-                np.save(parity.reference_path(request.work_path, file, count, name), array)
-    return {}
+def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: int | None) -> parity.Reference:
+    """Computes every case and leaves its outputs in the file ``descriptor``, one .npy after the other.
+
+    Raises:
+        BudgetBroken: the budget is too small to run the model.
+        OSError: the file cannot be written.
+    """
+    digest = session.store.digest()
+    outputs = io.BytesIO()
+    with parity.memory_errors(budget_bytes):
+        _warm_up(session.spec)
+        parity.limit_memory(budget_bytes)
+        model = Model(session)
+        by_file: dict[str, list[dict[str, Floats]]] = {}
+        for file, _, inputs in parity.cases(session.spec, single_file):
+            by_file.setdefault(file, []).append(inputs)
+        for block, batches in enumerate(by_file.values()):
+            given = {name: [inputs[name] for inputs in batches] for name in batches[0]}
+            for arrays in model.chain(**given) if single_file else model.block(block, **given):
+                for array in arrays:
+                    np.save(outputs, array)
+        disk.write_fully(descriptor, outputs.getbuffer(), 0)
+    parity.check_peak(usage().peak_bytes, budget_bytes)
+    return parity.Reference(descriptor, digest, usage().peak_bytes)
 
 
 def _warm_up(spec: Spec) -> None:

@@ -609,6 +609,17 @@ def test_a_folder_that_can_only_be_read(place, complete, session, mounted):
     assert place.json("status", session)["steps"] == 60
 
 
+def test_an_export_to_a_disk_that_is_full_or_read_only(place, complete, tmp_path, mounted):
+    mounts = mounted(f"mount -t tmpfs -o size=64k none '{tmp_path}'")
+    there, export = place.inside(mounts), ["export", complete["session"], "--to", tmp_path / "model"]
+    assert "disk full" in there.error(5, *export)
+    mounts.sh(f"cat /dev/zero > '{tmp_path}/ballast'")
+    assert "disk full" in there.error(5, *export)
+    assert [path.name for path in mounts.path(tmp_path).iterdir()] == ["ballast"]
+    mounts.sh(f"mount -o remount,ro '{tmp_path}'")
+    assert "read-only" in there.error(5, *export)
+
+
 @pytest.mark.slow
 def test_a_model_in_a_folder_that_can_only_be_read(place, session, tmp_path, mounted):
     shutil.rmtree(session / "scratch")

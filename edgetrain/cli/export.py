@@ -23,14 +23,17 @@ def command(session: Path, folder: Path, single_file: bool, budget: int | None, 
       edgetrain export my-session --to my-model
       edgetrain export my-session --to my-model --single-file
     """
+    from edgetrain.cli.reference import referenced
     from edgetrain.session import Session
     from edgetrain.units import format_bytes
     from exporters import onnx, parity
 
     found = Session.open(session)
     budget = options.saved_budget(found, budget)
+    onnx.check_replaceable(folder)
+    reference = referenced(session, folder, single_file, budget)
     with onnx.stage(found, folder, single_file) as staged:
-        rows = parity.check(session, staged.folder, budget)
+        rows = parity.check(session, staged.folder, reference, budget)
         export = staged.publish()
     value = {
         "session": str(session),

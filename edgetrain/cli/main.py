@@ -54,7 +54,7 @@ def guarded(work: Callable[[], T], as_json: bool) -> T:
     """What ``work`` returns. Errors become text on stderr, with ``as_json`` an object on stdout, and an exit code."""
     interrupts = _catch_interrupts()
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see cli/probe
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see cli/become
         return work()
     except EdgetrainError as error:
         _fail(type(error).__name__, error.message, error.hint, error.exit_code, as_json)

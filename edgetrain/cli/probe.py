@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import tomllib
-from collections.abc import Sequence
 from typing import NoReturn
 
+from edgetrain.cli.become import become
 from edgetrain.cli.main import guarded
 from edgetrain.plan import Probe, save_probe, saved_probe
 from edgetrain.spec import Spec, resolve, to_toml
@@ -40,15 +39,7 @@ def _request(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> li
 
 def _become_probe(request: list[object]) -> NoReturn:
     text = json.dumps({"request": request, "command": sys.orig_argv[1:]})
-    _become(["-m", "edgetrain.cli.probe", text])
-
-
-def _become(arguments: Sequence[str]) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A Ctrl-C waits until the other is ready for it: ``guarded`` lets it through.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    os.execv(sys.executable, [sys.executable, *arguments])
+    become(["-m", "edgetrain.cli.probe", text])
 
 
 def main() -> None:
@@ -66,7 +57,7 @@ def main() -> None:
         torch.set_num_threads(num_threads)
         result = measure(resolve(tomllib.loads(recipe)), device, budget_bytes)
         os.environ[_RESULT] = json.dumps({"request": told["request"], "measured": result})
-        _become(told["command"])
+        become(told["command"])
 
     guarded(measured, as_json="--json" in told["command"])
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from devices.meter import resident_bytes_fast
+from devices.meter import TreeMeter, resident_bytes_fast
 from edgetrain.errors import BudgetBroken, ParityFailed, SessionLocked
 from edgetrain.session import Session
 from edgetrain.stages import groups
 from edgetrain.store.slot import read_header
-from exporters import onnx, parity
+from exporters import onnx, parity, reference
 from exporters.compare import difference
-from tests.exporters.common import export, make_session, run_python, small_spec
+from tests.exporters.common import ROOT, export, make_session, small_spec
 
 BUDGET = 350 << 20
 
@@ -25,19 +28,27 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     return make_session(tmp_path_factory.mktemp("session") / "s", small_spec())
 
 
-CHECK = f"""
-import json, sys
-from exporters import parity
-from pathlib import Path
-print(json.dumps(parity.check(Path(sys.argv[1]), Path(sys.argv[2]), {BUDGET})))
-assert "torch" not in sys.modules and "onnxruntime" not in sys.modules
-"""
+def referenced(session: Session, folder: Path, single_file: bool = False) -> parity.Reference:
+    """What torch computes, here in this process."""
+    with (folder / "reference").open("w+b") as file:
+        return reference.compute(session, single_file, os.dup(file.fileno()), None)
+
+
+def command(session: Session, to: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``edgetrain export``, in processes of its own."""
+    start = "import sys; sys.argv[0] = 'edgetrain'; from edgetrain.cli.main import run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", start, "export", str(session.path), "--to", str(to), *arguments],
+        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("single_file", [False, True])
 def test_equal_outputs_pass_within_the_budget(session: Session, tmp_path: Path, single_file: bool) -> None:
-    folder = export(session, tmp_path / "e", single_file)
-    rows = json.loads(run_python(CHECK, str(session.path), str(folder)))
+    folder = tmp_path / "e"
+    done = command(session, folder, "--json", "--memory-budget", str(BUDGET), *["--single-file"] * single_file)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["parity"]
     outputs = {("model.onnx", name) for name in ("logits", "sigma_max_logits")}
     if not single_file:
         outputs = {(f"block0{block}.onnx", name) for block in (0, 1) for name in ("logits", "denoised")}
@@ -47,7 +58,7 @@ def test_equal_outputs_pass_within_the_budget(session: Session, tmp_path: Path, 
     assert report["outputs"] == rows
     assert report["digest"] == session.store.digest()
     assert max(report["peak_bytes"].values()) < BUDGET
-    assert not any(session.scratch.glob("parity.*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
 
 
 @pytest.mark.parametrize(("name", "change"), [("block01.layer002.qkv.weight", 0.1), ("codebook.rows", np.nan)])
@@ -63,21 +74,36 @@ def test_one_changed_weight_fails_and_nothing_is_published(
             value = np.frombuffer(file.read(4), np.float32)[0] + np.float32(change)
             file.seek(-4, 1)
             file.write(value.tobytes())
-        parity.check(session.path, staged.folder, None)
+        parity.check(session.path, staged.folder, referenced(session, tmp_path), None)
         staged.publish()
-    assert not to.exists()
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["reference"]
 
 
 def test_too_small_a_budget_is_named(session: Session, tmp_path: Path) -> None:
+    done = command(session, tmp_path / "e", "--memory-budget", "100MiB")
+    assert (done.returncode, done.stdout) == (8, "")
+    assert "the 100.0 MiB that the budget leaves for it" in done.stderr
     folder = export(session, tmp_path / "e")
     with pytest.raises(BudgetBroken, match="the budget leaves for it"):
-        parity.check(session.path, folder, resident_bytes_fast()[0] + (100 << 20))
+        parity.check(session.path, folder, referenced(session, tmp_path), resident_bytes_fast()[0] + (20 << 20))
+
+
+def test_no_process_waits_for_torch(session: Session, tmp_path: Path) -> None:
+    """The tree takes what torch alone takes: what the smallest training has is enough."""
+    start = "import sys; sys.argv[0] = 'edgetrain'; from edgetrain.cli.main import run; run()"
+    arguments = ["export", str(session.path), "--to", str(tmp_path / "e"), "--memory-budget", str(BUDGET)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, *arguments], stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    with TreeMeter(process.pid, poll_s=0.003) as meter:
+        assert process.wait(timeout=120) == 0
+    alone = json.loads((tmp_path / "e" / "parity.json").read_text())["peak_bytes"]["reference"]
+    assert max(meter.peak_bytes, *meter.high_water_bytes.values()) <= alone + (1 << 20)
 
 
 def test_a_session_trained_on_is_another_model(tmp_path: Path) -> None:
     session = make_session(tmp_path / "s", small_spec())
-    folder = export(session, tmp_path / "e")
+    before = referenced(session, tmp_path)
     stage = groups(session.spec)["block00"][0]
     layout = stage.layout(session.shapes)
     with session.store.lock(["block00"]):
@@ -85,8 +111,9 @@ def test_a_session_trained_on_is_another_model(tmp_path: Path) -> None:
         for role in layout.roles:
             transaction.write(stage.name, role.name, memoryview(bytes(layout.section_bytes(role.name))))
         transaction.commit(session.store.manifest("block00").state)
-    with pytest.raises(SessionLocked, match="trained on since"):
-        parity.check(session.path, folder, None)
+    folder = export(Session.open(session.path), tmp_path / "e")
+    with pytest.raises(SessionLocked, match="trained on while"):
+        parity.check(session.path, folder, before, None)
 
 
 def test_difference() -> None:

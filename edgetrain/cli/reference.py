@@ -1,0 +1,72 @@
+"""``python -m edgetrain.cli.reference REQUEST``: what export turns into to run the model with torch, and back.
+
+Torch needs nearly all of a small budget, so no process waits for it. The outputs are left in a file without a name,
+whose descriptor is passed on: whatever ends the process, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from edgetrain.cli.become import become
+from edgetrain.cli.main import guarded
+
+if TYPE_CHECKING:
+    from exporters.parity import Reference
+
+_RESULT = "EDGETRAIN_REFERENCE"
+
+
+def referenced(session: Path, to: Path, single_file: bool, budget_bytes: int) -> Reference:
+    """What torch computes of ``session``; without it this process ends here and begins again with it.
+
+    Raises:
+        DiskError: nothing can be written where ``to`` is to be.
+    """
+    from edgetrain.store.disk import disk_errors
+    from exporters.parity import Reference
+
+    request = [str(session), single_file, budget_bytes]
+    brought = json.loads(os.environ.pop(_RESULT, "null"))
+    if brought is not None and brought["request"] == request:
+        reference = Reference(**brought["reference"])
+        os.set_inheritable(reference.descriptor, False)
+        return reference
+    folder = to.absolute().parent
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    os.set_inheritable(file.fileno(), True)
+    told = {"request": request, "descriptor": file.fileno(), "folder": str(folder), "command": sys.orig_argv[1:]}
+    return become(["-m", "edgetrain.cli.reference", json.dumps(told)])
+
+
+def main() -> None:
+    told = json.loads(sys.argv[1])
+    session, single_file, budget_bytes = told["request"]
+
+    def computed() -> NoReturn:
+        from devices import limits
+
+        limits.prepare_process(1)
+        from edgetrain.session import Session
+        from edgetrain.store.disk import disk_errors
+        from exporters.reference import compute
+
+        with disk_errors(Path(told["folder"])):
+            result = compute(Session.open(Path(session)), single_file, told["descriptor"], budget_bytes)
+        limits.lift_data_limit()
+        os.environ[_RESULT] = json.dumps({"request": told["request"], "reference": asdict(result)})
+        become(told["command"])
+
+    guarded(computed, as_json="--json" in told["command"])
+
+
+if __name__ == "__main__":
+    main()
