@@ -33,14 +33,15 @@ from edgetrain.store import Transaction
 from edgetrain.store.layout import TensorSpec
 
 _COMMIT_EVERY_S = 60.0
-# A run of steps without a finite loss, or a loss this many times that of guessing, is not going to recover.
-_MAX_BAD_STEPS = 10
+# A step without a finite loss, or with one this many times that of guessing, is skipped. So many in a row, all on the
+# same weights, are not going to end.
 _HOPELESS_LOSS = 100.0
+_MAX_SKIPPED_IN_A_ROW = 10
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did. ``loss`` is None where the step was skipped as not finite."""
+    """What one optimizer step did. ``loss`` is None where the step was skipped: not finite, or hopeless."""
 
     block: int
     step: int
@@ -94,7 +95,6 @@ class Engine:
         self.activations = self._activations(choice.activations)
         self.micro_batch = choice.micro_batch
         self.retries = 0
-        self._bad_steps: dict[int, int] = {}  # in a row, of each block: visits may be shorter than a divergence
 
     def _activations(self, kind: str) -> Activations:
         if kind == "keep":
@@ -115,6 +115,8 @@ class Engine:
         self.resident.load(self.session.store)
         for activations in (Keep(), self.activations):
             self._accumulate(block, self.session.progress(0).step, 1, 1, activations)
+        with torch.no_grad():
+            self._accumulate(block, self.session.progress(0).step, 1, 1, Keep())
         self.resident.flat_gradient().zero_()
         warm_up_kernels(self.device)
 
@@ -131,87 +133,94 @@ class Engine:
 
         Raises:
             BudgetBroken: memory ran out and there was nothing left to give up.
-            TrainingDiverged: the loss is lost; what was committed before stays.
+            TrainingDiverged: the loss is lost; what was committed before stays, and its loss was not.
             DiskError: a write failed; likewise.
         """
         store = self.session.store
         group = group_of_block(self.spec, block)
         transaction = store.transaction(group)
         progress = self.session.progress(block)
+        modules = bind(self.resident, self.spec, self.session.shapes, self.family, block)
         if self.micro_batch < progress.micro_batches[-1][1]:  # the budget is smaller than it was
             progress = _with_micro_batch(progress, self.micro_batch)
-            transaction = self._commit(transaction, block, progress)
-        modules = bind(self.resident, self.spec, self.session.shapes, self.family, block)
+            transaction = self._commit(transaction, modules, progress)
         self.resident.load(store)
         last_commit, end = time.monotonic(), progress.step + num_steps
         try:
             while progress.step < end and not stop():
                 if time.monotonic() - last_commit > _COMMIT_EVERY_S:
-                    transaction = self._commit(transaction, block, progress)
+                    transaction = self._commit(transaction, modules, progress)
                     last_commit = time.monotonic()
                 done = self._step(modules, transaction, progress)
                 if isinstance(done, BlockProgress):  # the micro-batch had to change: durable before it takes effect
                     progress = done
-                    transaction = self._commit(transaction, block, progress)
+                    transaction = self._commit(transaction, modules, progress)
                     continue
-                skipped = progress.skipped if done.loss is not None else (*progress.skipped, done.step)
-                bad = done.loss is None or done.loss > _HOPELESS_LOSS * math.log(max(2, self.spec.model.num_classes))
-                bad_steps = self._bad_steps[block] = self._bad_steps.get(block, 0) + 1 if bad else 0
-                if bad_steps >= _MAX_BAD_STEPS:
-                    raise TrainingDiverged(
-                        f"block {block} diverged: the loss of the last {bad_steps} steps, up to step {done.step}, was "
-                        + ("not finite" if done.loss is None else f"{done.loss:.4g} and the like"),
-                        f"Lower the learning rate, now {self.spec.optimizer.lr:g} (--set optimizer.lr=...), and "
-                        "start again: the session is as it was at its last commit.",
-                    )
-                progress = replace(
-                    progress, step=progress.step + 1, skipped=skipped, loss=progress.loss if bad else done.loss
-                )
+                progress = replace(progress, step=progress.step + 1)
+                if done.loss is None:
+                    progress = replace(progress, skipped=(*progress.skipped, done.step))
+                    if progress.skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+                        raise self._diverged(block, done.step)
+                else:
+                    progress = replace(progress, loss=done.loss)
                 on_step(done)
             if progress != self.session.progress(block):
-                self._save(transaction, block, progress)
+                self._save(transaction, modules, progress)
                 transaction.commit_async(self.session.group_state(block, progress))
         finally:
             transaction.discard()
         return progress
 
-    def _commit(self, transaction: Transaction, block: int, progress: BlockProgress) -> Transaction:
+    def _commit(self, transaction: Transaction, block: Block, progress: BlockProgress) -> Transaction:
         """Commits in the midst of a visit, and begins the next transaction."""
         self._save(transaction, block, progress)
-        transaction.commit(self.session.group_state(block, progress))
-        return self.session.store.transaction(group_of_block(self.spec, block))
+        transaction.commit(self.session.group_state(block.index, progress))
+        return self.session.store.transaction(group_of_block(self.spec, block.index))
 
-    def _save(self, transaction: Transaction, block: int, progress: BlockProgress) -> None:
+    def _save(self, transaction: Transaction, block: Block, progress: BlockProgress) -> None:
         """Writes the block back, unless every step since the last commit was skipped: then nothing changed."""
-        if progress.updates > self.session.progress(block).updates:
+        if progress.updates > self.session.progress(block.index).updates:
+            self._look_ahead(block, progress)
             self.resident.save(transaction)
+
+    def _look_ahead(self, block: Block, progress: BlockProgress) -> None:
+        """Raises TrainingDiverged if no weights after these could be reached: every step to come would be skipped.
+
+        What an update did shows in the losses after it. So weights are committed only when the training goes on from
+        them, and a session that diverged has at its last commit weights that a lower learning rate can go on from.
+        """
+        micro_batch = progress.micro_batches[-1][1]
+        end = progress.step + _MAX_SKIPPED_IN_A_ROW - progress.skipped_in_a_row
+        for step in range(progress.step, end):
+            with torch.no_grad():
+                while isinstance(loss := self._attempt(block, step, micro_batch, Keep()), str):
+                    micro_batch = _halved(micro_batch, step, block, loss)
+            if self._is_sensible(loss):
+                return
+        raise self._diverged(block.index, end - 1)
+
+    def _is_sensible(self, loss: float) -> bool:
+        return loss <= _HOPELESS_LOSS * math.log(max(2, self.spec.model.num_classes))  # a NaN is not
+
+    def _diverged(self, block: int, step: int) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"block {block} diverged: the loss of the {_MAX_SKIPPED_IN_A_ROW} steps up to step {step} is not finite "
+            f"or more than {_HOPELESS_LOSS:g} times that of guessing",
+            f"Lower the learning rate, now {self.spec.optimizer.lr:g} (--set optimizer.lr=...), and start again: "
+            "the session is as it was at its last commit, before the loss was lost.",
+        )
 
     def _step(self, block: Block, transaction: Transaction, progress: BlockProgress) -> Step | BlockProgress:
         """One optimizer step; or, if only a smaller micro-batch fits, the progress with that noted and no step."""
         began = time.perf_counter()
         step = progress.step
         micro_batch = progress.micro_batches[-1][1]
-        while True:
-            try:
-                loss = self._accumulate(block, step, self.spec.train.batch_size, micro_batch, self.activations)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error)  # the exception itself would keep its frames' tensors alive
-            return_freed_memory()
-            self.retries += 1
-            if isinstance(self.activations, Keep):
-                self.activations = Recompute()
-            elif micro_batch > 1:
-                return _with_micro_batch(progress, (micro_batch + 1) // 2)
-            else:
-                raise BudgetBroken(
-                    f"memory ran out in step {step} of block {block.index} with one example at a time: {reason}",
-                    "Raise --memory-budget; the session is as it was at its last commit.",
-                )
+        while isinstance(loss := self._attempt(block, step, micro_batch, self.activations), str):
+            if not isinstance(self.activations, Keep):
+                return _with_micro_batch(progress, _halved(micro_batch, step, block, loss))
+            self.activations = Recompute()
         gradient = self.resident.flat_gradient()
-        norm = torch.linalg.vector_norm(gradient).item() if math.isfinite(loss) else math.nan
+        norm = torch.linalg.vector_norm(gradient).item() if self._is_sensible(loss) else math.nan
         if math.isfinite(norm):
             if norm > self.spec.optimizer.clip:
                 gradient.mul_(self.spec.optimizer.clip / norm)
@@ -219,12 +228,24 @@ class Engine:
         lr = learning_rate(self.spec.optimizer, step, self.spec.train.steps)
         return Step(block.index, step, loss if math.isfinite(norm) else None, norm, lr, time.perf_counter() - began)
 
+    def _attempt(self, block: Block, step: int, micro_batch: int, activations: Activations) -> float | str:
+        """The mean loss of a step's batch, as ``_accumulate``; if memory ran out, what was said of it."""
+        try:
+            return self._accumulate(block, step, self.spec.train.batch_size, micro_batch, activations)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error)  # the exception itself would keep its frames' tensors alive
+        return_freed_memory()
+        self.retries += 1
+        return reason
+
     def _accumulate(
         self, block: Block, step: int, batch_size: int, micro_batch: int, activations: Activations
     ) -> float:
         """Gradients of a whole batch, split into micro-batches of consecutive examples; the mean loss.
 
-        Stops at the first loss that is not finite.
+        Stops at the first loss that is not finite. Inside ``torch.no_grad`` the loss alone.
         """
         self.resident.flat_gradient().zero_()
         total = 0.0
@@ -234,7 +255,8 @@ class Engine:
             total += loss.item()
             if not math.isfinite(total):
                 break
-            loss.backward()
+            if loss.requires_grad:
+                loss.backward()
         return total
 
     def _to_device(self, draw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -257,6 +279,16 @@ class Engine:
             return Update(own_lr, progress.updates + 1, decays)
 
         return update
+
+
+def _halved(micro_batch: int, step: int, block: Block, reason: str) -> int:
+    """The micro-batch to try when this one does not fit."""
+    if micro_batch == 1:
+        raise BudgetBroken(
+            f"memory ran out in step {step} of block {block.index} with one example at a time: {reason}",
+            "Raise --memory-budget; the session is as it was at its last commit.",
+        )
+    return (micro_batch + 1) // 2
 
 
 def _with_micro_batch(progress: BlockProgress, micro_batch: int) -> BlockProgress:

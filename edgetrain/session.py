@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ Initial = Callable[[Stage, TensorSpec], NDArray[np.float32]]
 class BlockProgress:
     """How far a block is: all that resuming it needs. Kept in its group's manifest.
 
-    ``skipped`` lists steps whose loss or gradient was not finite; ``micro_batches`` lists (from step, size).
+    ``skipped`` lists steps whose loss or gradient was not finite, or whose loss was hopeless; ``micro_batches`` lists
+    (from step, size).
     """
 
     step: int = 0
@@ -55,14 +57,28 @@ class BlockProgress:
     def updates(self) -> int:
         return self.step - len(self.skipped)
 
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the last steps were skipped, back to the last that was not."""
+        last_steps = range(self.step - 1, -1, -1)
+        pairs = zip(reversed(self.skipped), last_steps, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> BlockProgress:
-        return cls(
+        """What a manifest holds; KeyError, TypeError or ValueError if it is no progress."""
+        progress = cls(
             step=state["step"],
             skipped=tuple(state["skipped"]),
             micro_batches=tuple((step, size) for step, size in state["micro_batches"]),
             loss=state["loss"],
         )
+        numbers = [progress.step, *progress.skipped, *chain(*progress.micro_batches)]
+        if any(type(number) is not int or number < 0 for number in numbers) or not progress.micro_batches:
+            raise TypeError(f"{state}")
+        if type(progress.loss) not in (float, type(None)):
+            raise TypeError(f"loss {progress.loss!r}")
+        return progress
 
 
 class Session:

@@ -544,7 +544,7 @@ def test_images_are_classified_chunk_by_chunk(place, complete, tmp_path):
 def test_a_diverging_loss(place, tmp_path):
     path = tmp_path / "s"
     text = place.error(9, *place.train(path, "--set", "optimizer.lr=1e6", "--set", "train.visit_steps=50"))
-    assert re.search(r"block 1 diverged: the loss of the last 10 steps, up to step \d+", text)
+    assert re.search(r"block 1 diverged: the loss of the 10 steps up to step \d+", text)
     assert "learning rate, now 1e+06" in text
     assert [row["step"] for row in place.json("status", path)["blocks"]] == [0, 0], "as at the last commit"
     assert place.json("verify", path)["ok"]

@@ -23,7 +23,7 @@ from edgetrain import engine as engine_module
 from edgetrain.activations import Keep
 from edgetrain.data import Dataset, open_dataset, to_float
 from edgetrain.engine import Engine, build_modules
-from edgetrain.errors import SessionLocked, TrainingDiverged, UsageError
+from edgetrain.errors import SessionCorrupt, SessionLocked, TrainingDiverged, UsageError
 from edgetrain.models import build_family
 from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
 from edgetrain.plan import Choice, Plan, Probe
@@ -448,17 +448,55 @@ def test_a_lost_loss_raises_and_leaves_the_session_resumable(digits, tmp_path):
     assert session.progress(0).step == 6
 
 
-@pytest.mark.parametrize("visit_steps", [50, 4])
-def test_an_exploding_loss_raises(visit_steps, digits, tmp_path):
-    """With short visits too: the run of bad steps goes on from one to the next."""
-    spec = small(optimizer__lr=1e6, train__steps=100, train__visit_steps=visit_steps, diffusion_blocks__num_blocks=1)
-    new_session(tmp_path / "s", spec)
-    with pytest.raises(TrainingDiverged):
-        train_on(tmp_path / "s", digits)
-    session = Session.open(tmp_path / "s")
+@pytest.mark.parametrize("commit_every_s", [60.0, -1.0])
+@pytest.mark.parametrize("visit_steps", [50, 4, 1])
+def test_an_exploding_loss_leaves_nothing_broken_behind(visit_steps, commit_every_s, digits, tmp_path, monkeypatch):
+    """However short the visits: with a lower rate the training is as if it had never exploded."""
+    path, gentle = tmp_path / "s", small(train__steps=20, diffusion_blocks__num_blocks=1)
+    expected = complete(tmp_path / "plain", gentle, digits)
+    monkeypatch.setattr(engine_module, "_COMMIT_EVERY_S", commit_every_s)
+    spec = small(optimizer__lr=1e6, train__steps=20, train__visit_steps=visit_steps, diffusion_blocks__num_blocks=1)
+    new_session(path, spec)
+    for _ in range(2):  # nor does it help to try again
+        with pytest.raises(TrainingDiverged, match="block 0 diverged"):
+            train_on(path, digits)
+    session = Session.open(path)
     assert session.store.verify().digest == session.store.digest()
-    session.change(small(train__steps=100, train__visit_steps=2, diffusion_blocks__num_blocks=1))
-    assert train_on(tmp_path / "s", digits, stop_after=2).summary["status"] == "interrupted"
+    assert session.progress(0).step == 0
+    session.change(gentle)
+    done = train_on(path, digits)
+    assert done.summary["loss"] < 2 * math.log(10)
+    assert done.digest == expected.digest
+
+
+@pytest.mark.parametrize("commit_every_s", [60.0, -1.0])
+@pytest.mark.parametrize("lengths", [[20], [5] * 4, [1] * 20])
+def test_a_run_of_bad_steps_ends_alike_however_it_is_cut(lengths, commit_every_s, digits, tmp_path, monkeypatch):
+    """Nine in a row are gone through, ten are not: each visit has an engine of its own here, as after a kill."""
+    monkeypatch.setattr(engine_module, "_COMMIT_EVERY_S", commit_every_s)
+    spec = small(train__steps=30)
+    nine, ten = (batches_of(spec, digits, lambda step, n=n: 4 <= step < 4 + n) for n in (9, 10))
+    session = new_session(tmp_path / "nine", spec)
+    for length in lengths:
+        run_engine(session, nine, 0, length)
+    progress = session.progress(0)
+    assert (progress.step, progress.skipped) == (20, tuple(range(4, 13)))
+    expected = new_session(tmp_path / "whole", spec)
+    run_engine(expected, nine, 0, 20)
+    assert state(session) == state(expected)
+    session = new_session(tmp_path / "ten", spec)
+    with pytest.raises(TrainingDiverged, match="up to step 13"):
+        for length in lengths:
+            run_engine(session, ten, 0, length)
+
+
+def test_a_finite_but_hopeless_loss_changes_no_weight(digits, tmp_path, monkeypatch):
+    session = new_session(tmp_path / "s", small())
+    before = state(session)
+    monkeypatch.setattr(engine_module, "_HOPELESS_LOSS", 0.1)
+    (step,) = run_engine(session, batches_of(session.spec, digits), 0, 1)
+    assert (step.loss, session.progress(0).skipped) == (None, (0,))
+    assert state(session) == before
 
 
 def test_a_second_training_of_one_block_is_locked_out(digits, tmp_path):
@@ -467,6 +505,23 @@ def test_a_second_training_of_one_block_is_locked_out(digits, tmp_path):
         with pytest.raises(SessionLocked, match="block00"):
             train_on(tmp_path / "s", digits, blocks=[0])
         assert train_on(tmp_path / "s", digits, blocks=[1]).summary["digest"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"step": "x"}, {"step": -1}, {"step": True}, {"skipped": ["1"]}, {"skipped": None}, {"micro_batches": []},
+        {"micro_batches": [[0, 8.0]]}, {"micro_batches": [[0]]}, {"loss": "low"},
+    ],
+)  # fmt: skip
+def test_a_progress_of_another_kind_is_noticed(damage, tmp_path):
+    """In a manifest whose checksum is right."""
+    session = new_session(tmp_path / "s", small())
+    fresh = session.store.manifest("block00").state["blocks"]["0"]
+    with session.store.lock(["block00"]):
+        session.store.transaction("block00").commit({"blocks": {"0": fresh | damage}})
+    with pytest.raises(SessionCorrupt, match="manifest of block 0 holds no progress"):
+        Session.open(tmp_path / "s").progress(0)
 
 
 @pytest.mark.parametrize(
