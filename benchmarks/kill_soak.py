@@ -25,6 +25,8 @@ from pathlib import Path
 
 from common import edgetrain, environment, executable, parser, progress, report, settings, temporary_folder
 
+from edgetrain.store.disk import aside_path
+
 _KILLS_PER_SESSION = 10
 _STEPS = 200
 _SPEC = {
@@ -96,10 +98,8 @@ def kill_once(folder: Path, number: int, start_s: float, draw: random.Random) ->
         elif number % 3 == 0:
             time.sleep(draw.uniform(0, 0.3))
         elif number % 3 == 1:
-            before = {path for path in files.times() if path.suffix == ".new"}
-            for path in before:
-                wait_for(process, lambda path=path: not path.exists(), 0)
-            aside = [path.with_name(path.name + ".new") for path in files.session.glob("groups/*/manifest.json")]
+            manifests = files.session.glob("groups/*/manifest.json")
+            aside = [aside_path(path, process.pid) for path in manifests]
             if not wait_for(process, lambda: any(map(os.path.exists, aside)), 0):
                 return None
         else:

@@ -30,7 +30,7 @@ from edgetrain.errors import DiskError, SessionCorrupt, SessionLocked, UsageErro
 from edgetrain.spec import RESUMABLE_KEYS, RESUMABLE_TABLES, Spec, difference, resolve, to_toml
 from edgetrain.stages import Shapes, Stage, frozen, group_of_block, groups
 from edgetrain.store import Store
-from edgetrain.store.disk import disk_errors, replace_file
+from edgetrain.store.disk import disk_errors, make_folder, replace_file
 from edgetrain.store.layout import StageLayout, TensorSpec
 
 FORMAT_VERSION = 1
@@ -105,8 +105,7 @@ class Session:
         marker = path / "session.creating"
         if path.exists() and not marker.exists() and any(entry.name != "scratch" for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and is no session", "Name a new folder for the session.")
-        with disk_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with _held(marker):
             if cls.exists(path):  # another process finished it while this one came
                 return cls.open(path)

@@ -550,10 +550,11 @@ def test_a_diverging_loss(place, tmp_path):
     assert place.json("verify", path)["ok"]
 
 
-@pytest.mark.slow
-def test_after_a_diverging_loss_a_lower_rate_will_do(place, complete, tmp_path):
+@pytest.mark.parametrize("visit_steps", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_after_a_diverging_loss_a_lower_rate_will_do(place, complete, tmp_path, visit_steps):
+    """Nothing that was broken is committed, even by visits shorter than the divergence."""
     path = tmp_path / "s"
-    place.fails(9, *place.train(path, "--set", "optimizer.lr=1e6", "--set", "train.visit_steps=50"))
+    place.fails(9, *place.train(path, "--set", "optimizer.lr=1e6", "--set", f"train.visit_steps={visit_steps}"))
     again = place.json("train", path, "--threads", 1, "--set", "optimizer.lr=0.001")
     assert (again["status"], again["digest"]) == ("complete", complete["digest"])
 
@@ -715,6 +716,32 @@ def test_less_memory_than_before_goes_on_with_smaller_micro_batches(place, tmp_p
 @pytest.mark.parametrize("given", [["--data", "digits"], ["--set", "train.batch_size=4"]])
 def test_plan_of_a_session_takes_no_other_settings(place, complete, given):
     assert place.run("plan", complete["session"], *given).returncode == 2
+
+
+@pytest.mark.parametrize("damage", ["a slot", "manifests of another copy"])
+def test_weights_that_are_not_the_manifests_are_not_used(place, session, damage, tmp_path):
+    if damage == "a slot":
+        manifest = json.loads((session / "groups" / "block00" / "manifest.json").read_text())
+        path = session / "stages" / f"block00.stem.{manifest['stages']['block00.stem']['slot']}.safetensors"
+        data = bytearray(path.read_bytes())
+        start = int.from_bytes(data[:8], "little") + 8
+        data[start : start + 400] = bytes(400)
+        path.write_bytes(data)
+    else:
+        other = Path(shutil.copytree(session, tmp_path / "other"))
+        assert place.json("train", other, "--steps", 62, "--threads", 1)["status"] == "complete"
+        shutil.copytree(other / "groups", session / "groups", dirs_exist_ok=True)
+        path = session / "stages" / "block0"
+    for arguments in (
+        ["train", session, "--steps", 64],
+        ["evaluate", session],
+        ["export", session, "--to", tmp_path / "e"],
+    ):
+        text = place.fails(4, *arguments)
+        assert str(path) in text
+        assert "the manifest says" in text
+        assert "edgetrain verify" in text
+    assert not (tmp_path / "e").exists()
 
 
 def test_steps_below_what_is_done_are_refused(place, complete, session):

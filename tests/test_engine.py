@@ -499,6 +499,25 @@ def test_a_finite_but_hopeless_loss_changes_no_weight(digits, tmp_path, monkeypa
     assert state(session) == before
 
 
+@pytest.mark.parametrize("moments_resident", [True, False])
+@pytest.mark.parametrize("role", ["weight", "v"])
+def test_a_damaged_slot_is_not_trained_on(role, moments_resident, digits, tmp_path):
+    session = complete(tmp_path / "s", small(train__steps=2), digits).session
+    session.change(small())
+    stage = stages_of_block(session.spec, 1)[2]
+    layout, slot = stage.layout(session.shapes), session.store.manifest("block01").stages[stage.name].slot
+    path = tmp_path / "s" / "stages" / f"{stage.name}.{slot}.safetensors"
+    data = bytearray(path.read_bytes())
+    begin = len(data) - sum(layout.section_bytes(one) for one in ("weight", "m", "v")[0 if role == "weight" else 2 :])
+    data[begin : begin + 400] = b"\xff" * 400
+    path.write_bytes(data)
+    with pytest.raises(SessionCorrupt, match=f"{path}, {role}: "):
+        train_on(tmp_path / "s", digits, choice=Choice(8, "keep", moments_resident))
+    if role == "weight":
+        with pytest.raises(SessionCorrupt, match=str(path)):
+            accuracies(Session.open(tmp_path / "s"), devices.open_device("cpu"), digits, readouts(2, None, 1), 64)
+
+
 def test_a_second_training_of_one_block_is_locked_out(digits, tmp_path):
     session = new_session(tmp_path / "s", small())
     with session.store.lock(["block00"]):

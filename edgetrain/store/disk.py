@@ -11,7 +11,7 @@ import errno
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgetrain.errors import DiskError, EdgetrainError, SessionCorrupt
@@ -116,6 +116,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing; each is on the device on return."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
 def will_need(path: Path) -> None:
     """Asks the kernel to read a file into its cache; costs the process no memory."""
     with opened(path, os.O_RDONLY) as fd:
@@ -144,13 +154,24 @@ def replace_file(path: Path, data: bytes) -> None:
     Write aside, sync, rename, sync the folder: whenever the process or the machine dies, ``path`` has the old
     content or the new. After an error it is unknown which of them it has.
     """
-    aside = path.with_name(path.name + ".new")
-    with opened(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, len(data)) as fd:
-        write_fully(fd, memoryview(data), 0)
-        os.fsync(fd)
-    with disk_errors(path):
-        aside.replace(path)
+    aside = aside_path(path, os.getpid())
+    try:
+        with opened(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, len(data)) as fd:
+            write_fully(fd, memoryview(data), 0)
+            os.fsync(fd)
+        with disk_errors(path):
+            aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink()
+        raise
     sync_folder(path.parent)
+
+
+def aside_path(path: Path, process: int) -> Path:
+    """Where a process writes what is to replace ``path``: two of them may, at one time. Nobody reads what a kill
+    leaves there."""
+    return path.with_name(f"{path.name}.{process}.new")
 
 
 def free_bytes(path: Path) -> int:

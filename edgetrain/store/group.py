@@ -103,6 +103,8 @@ class Group:
                 self._take(fd, path)
             try:
                 self.locked = True
+                for left in self.folder.glob("*.new"):  # by processes that were killed
+                    left.unlink()
                 self.refresh()
                 yield
                 self.settle()

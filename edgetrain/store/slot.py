@@ -121,6 +121,8 @@ class StageFiles:
         data_start = align(8 + len(text), SECTION_ALIGNMENT)
         self._header = Header(metadata, tensors, data_start)
         self._header_bytes = (data_start - 8).to_bytes(8, "little") + text.ljust(data_start - 8)
+        self.known: dict[tuple[str, str], str] = {}
+        """{(slot, role): the hash that this process found there last, or that what it wrote has}."""
         self._starts = {}
         for role in layout.roles:
             self._starts[role.name] = data_start
@@ -165,6 +167,21 @@ class StageFiles:
                 )
         if header.data_start != expected.data_start:
             raise SessionCorrupt(f"{path}: tensors begin at {header.data_start}, expected {expected.data_start}")
+
+    def require(self, slot: str, role: str, expected: str) -> None:
+        """Raises SessionCorrupt unless the role has this hash. What was found before is not read again."""
+        if self.known.get((slot, role)) == expected:
+            return
+        path = self.path(slot)
+        with disk.opened(path, os.O_RDONLY) as fd:
+            found = self.hash_role(fd, role)
+        if found != expected:
+            raise SessionCorrupt(
+                f"{path}, {role}: SHA-256 is {found}, the manifest says {expected}: the file is damaged, or is not "
+                "from the copy of the session that the manifest is from",
+                "edgetrain verify SESSION names all such files. Copy the group's folder and its stages together.",
+            )
+        self.known[slot, role] = found
 
     def hash_role(self, fd: int, role: str) -> str:
         """SHA-256 in hex over, for each tensor in name order, ``["NAME","DTYPE",[SHAPE]]``, a newline, its bytes.

@@ -121,6 +121,8 @@ class Store:
     def lock(self, groups: Iterable[str]) -> Iterator[None]:
         """Holds the locks of some groups; what another process committed in them before is then seen.
 
+        The I/O thread runs from here on: a limit on memory that is drawn later leaves no room for its stack.
+
         Raises:
             SessionLocked: another process holds one; names the group and the process.
             DiskError: the folder is read-only.
@@ -129,6 +131,7 @@ class Store:
             for name in sorted(groups):
                 held.enter_context(self._groups[name].hold())
             self._collect_frozen()
+            self._executor.submit(int).result()
             yield
 
     def manifest(self, group: str) -> Manifest:
@@ -138,18 +141,20 @@ class Store:
     def read(self, stage: str, role: str, into: memoryview, offset: int = 0) -> None:
         """Fills ``into`` with the committed bytes of a role's section, from byte ``offset`` of it.
 
-        Waits for a commit of the stage's group that is under way. The bytes are not compared with their hash: a
-        read in parts cannot, ``verify`` does.
+        Waits for a commit of the stage's group that is under way. Unless this process wrote the slot itself, the first
+        read of a role compares the whole of it with the manifest's hash.
 
         Raises:
-            DiskError, SessionCorrupt: the file cannot be read or ends too early, or the group has no committed state.
+            DiskError, SessionCorrupt: the file cannot be read, ends too early or has another hash, or the group has no
+                committed state.
             ValueError: there is no such role, or the part is not inside its section.
         """
         if stage in self._group_of:
             self._group_of[stage].settle()
-        files, slot = self._current(stage)
+        files, _ = self._current(stage)
         into = into.cast("B")
         position = files.position(role, offset, len(into))
+        slot = self._require(stage, role)
         with disk.opened(files.path(slot), os.O_RDONLY) as fd:
             disk.read_exactly(fd, into, position)
         self._traffic.add(read_bytes=len(into))
@@ -247,6 +252,25 @@ class Store:
             return self._frozen[stage], "frozen"
         group = self._group_of[stage]
         return group.stages[stage], group.committed().stages[stage].slot
+
+    def _require(self, stage: str, role: str) -> str:
+        """The current slot of a stage; SessionCorrupt unless the role has there the hash that the manifest says."""
+        if stage in self._frozen:
+            self._frozen[stage].require("frozen", role, self._frozen_hashes.get(stage, "none"))
+            return "frozen"
+        group = self._group_of[stage]
+        while True:
+            manifest = group.committed()
+            record = manifest.stages[stage]
+            try:
+                group.stages[stage].require(record.slot, role, record.hashes[role])
+                return record.slot
+            except SessionCorrupt:
+                if group.locked:
+                    raise
+                group.load()  # what differs may have been overwritten by two commits of a process that trains
+                if group.manifest == manifest:
+                    raise
 
     def _require_locks(self, groups: Iterable[str]) -> None:
         if unlocked := [name for name in groups if not self._groups[name].locked]:

@@ -76,7 +76,7 @@ class Transaction:
         the committed state.
 
         Raises:
-            DiskError, SessionCorrupt: the file cannot be read, or ends too early.
+            DiskError, SessionCorrupt: as for ``Store.read``.
             ValueError: as for ``write``; or of the part only some was written, which is neither state; or none was
                 and nothing is committed yet.
         """
@@ -88,7 +88,9 @@ class Transaction:
             with disk.disk_errors(files.path(self._idle(stage))):
                 disk.read_exactly(self._open(stage), into, position)
         elif overlap == 0 and self._group.manifest is not None:
-            with disk.opened(files.path(self._group.manifest.stages[stage].slot), os.O_RDONLY) as fd:
+            record = self._group.manifest.stages[stage]
+            files.require(record.slot, role, record.hashes[role])
+            with disk.opened(files.path(record.slot), os.O_RDONLY) as fd:
                 disk.read_exactly(fd, into, position)
         else:
             raise ValueError(
@@ -135,6 +137,7 @@ class Transaction:
                 files, slot = group.stages[name], self._idle(name)
                 with disk.disk_errors(files.path(slot)):
                     hashes = {role.name: files.hash_role(fd, role.name) for role in files.layout.roles}
+                files.known.update(((slot, role), value) for role, value in hashes.items())
                 stages[name] = StageRecord(slot, hashes)
             # Hashed first and synced then: meanwhile the device works on what was started before.
             for name, fd in self._fds.items():

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from edgetrain.errors import DiskError, SessionCorrupt, SessionLocked
-from edgetrain.store import StageLayout, Store, TensorSpec
+from edgetrain.store import StageLayout, Store, TensorSpec, disk
 from edgetrain.store.manifest import combined_digest
-from edgetrain.store.slot import canonical_json
+from edgetrain.store.slot import StageFiles, canonical_json
 from edgetrain.store.transaction import Extents
 from tests.store.common import (
     CODEBOOK,
@@ -347,6 +347,115 @@ def test_a_flipped_byte_is_found_and_named(store: Store, role: str) -> None:
     (problem,) = next(row.problems for row in verification.rows if row.stage == STEM.name)
     assert f"{path}, {role}:" in problem
     assert (verification.digest != digest) == (role == "weight")
+
+
+@pytest.mark.parametrize("layout", [STEM, CODEBOOK], ids=["stem", "codebook"])
+def test_damaged_bytes_are_not_read(store: Store, layout: StageLayout) -> None:
+    slot, role = layout.slots[0], layout.roles[-1].name
+    path = store.path / "stages" / f"{layout.name}.{slot}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4096] ^= 1  # the first byte of the last role
+    path.write_bytes(data)
+    again = reopened(store.path)
+    into = memoryview(bytearray(16))
+    with pytest.raises(SessionCorrupt, match=rf"{path}, {role}: SHA-256 .* the manifest says") as caught:
+        again.read(layout.name, role, into, 64)
+    assert "edgetrain verify" in caught.value.hint
+    if layout.trained:
+        again.read(layout.name, "weight", into)
+        with again.lock(["00"]), pytest.raises(SessionCorrupt, match=str(path)):
+            again.transaction("00").read(layout.name, role, into)
+
+
+def test_manifests_without_their_slots_are_noticed(tmp_path: Path) -> None:
+    one = new_store(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    copy = reopened(tmp_path / "copy")
+    with copy.lock(["00"]):
+        update(copy, "00", 1)
+    shutil.copytree(copy.path / "groups", one.path / "groups", dirs_exist_ok=True)
+    with pytest.raises(SessionCorrupt, match="not from the copy"):
+        holds(reopened(one.path), "00", 1)
+
+
+def test_a_slot_is_hashed_once_and_own_commits_never(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    again = reopened(store.path)
+    hashed: list[str] = []
+    hash_role = StageFiles.hash_role
+    monkeypatch.setattr(StageFiles, "hash_role", lambda *args: (hashed.append(args[2]), hash_role(*args))[1])
+    for _ in range(2):
+        content(again, LAYER, "weight")
+    assert hashed == ["weight"]
+    with again.lock(["00"]):
+        update(again, "00", 1)
+        hashed.clear()
+        assert holds(again, "00", 1)
+        assert hashed == []
+    with store.lock(["00"]):
+        update(store, "00", 2)
+    with again.lock(["00"]):
+        hashed.clear()
+        content(again, LAYER, "m")
+        assert hashed == ["m"], "another process wrote it"
+
+
+def test_what_another_process_commits_meanwhile_is_no_damage(store: Store) -> None:
+    reader = reopened(store.path)
+    with store.lock(["00"]):
+        for number in (1, 2):
+            update(store, "00", number)
+    assert holds(reader, "00", 2)
+
+
+def test_the_thread_that_commits_runs_once_a_lock_is_held(store: Store) -> None:
+    """A limit on memory drawn later on leaves no room for its stack."""
+    again = reopened(store.path)
+    before = threading.active_count()
+    with again.lock(["00"]):
+        assert threading.active_count() == before + 1
+        update(again, "00", 1)
+        assert threading.active_count() == before + 1
+
+
+def test_two_processes_write_aside_under_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, seen = tmp_path / "file", os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        if os.getpid() == 1:
+            seen.append(source)
+            monkeypatch.setattr(os, "getpid", lambda: 2)
+            disk.replace_file(path, b"second")
+        real(source, target)
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(os, "replace", replace)
+    disk.replace_file(path, b"first")
+    assert seen
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_left_aside(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by an error nor, for longer than the next lock, by a kill."""
+    folder = store.path / "groups" / "00"
+    before = sorted(folder.iterdir())
+    (folder / "manifest.json.1.new").write_bytes(b"half a mani")
+    with store.lock(["00"]):
+        assert sorted(folder.iterdir()) == before
+        monkeypatch.setattr(os, "replace", fail)
+        with pytest.raises(DiskError):
+            update(store, "00", 1)
+        monkeypatch.undo()
+    assert sorted(folder.iterdir()) == before
+
+
+def test_each_new_folder_is_synced_in_the_one_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "sync_folder", synced.append)
+    disk.make_folder(tmp_path / "a" / "b" / "c")
+    assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    disk.make_folder(tmp_path / "a")
+    assert len(synced) == 3
 
 
 def test_damage_of_a_frozen_stage_is_found(store: Store) -> None:
