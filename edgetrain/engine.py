@@ -179,15 +179,18 @@ class Engine:
 
     def _save(self, transaction: Transaction, block: Block, progress: BlockProgress) -> None:
         """Writes the block back, unless every step since the last commit was skipped: then nothing changed."""
-        if progress.updates > self.session.progress(block.index).updates:
-            self._look_ahead(block, progress)
+        new_updates = progress.updates - self.session.progress(block.index).updates
+        if new_updates > 0:
+            # Where steps followed an update and were good, one more forward for the last one would buy little.
+            if progress.skipped_in_a_row or new_updates == 1:
+                self._look_ahead(block, progress)
             self.resident.save(transaction)
 
     def _look_ahead(self, block: Block, progress: BlockProgress) -> None:
         """Raises TrainingDiverged if no weights after these could be reached: every step to come would be skipped.
 
-        What an update did shows in the losses after it. So weights are committed only when the training goes on from
-        them, and a session that diverged has at its last commit weights that a lower learning rate can go on from.
+        What an update did shows in the losses after it. A session that diverged should have at its last commit weights
+        that a lower learning rate can go on from.
         """
         micro_batch = progress.micro_batches[-1][1]
         end = progress.step + _MAX_SKIPPED_IN_A_ROW - progress.skipped_in_a_row
