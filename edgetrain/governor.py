@@ -58,6 +58,6 @@ class Governor:
         if self.exceeded or meter.usage().peak_bytes > self.budget_bytes:
             raise BudgetBroken(
                 f"resident memory reached {format_bytes(meter.usage().peak_bytes)}, over the budget of "
-                f"{format_bytes(self.budget_bytes)}; training stopped and what it had done is committed",
+                f"{format_bytes(self.budget_bytes)}; what was committed stays",
                 "Raise --memory-budget, and please report this: the plan should have refused.",
             )

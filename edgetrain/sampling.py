@@ -1,10 +1,12 @@
 """Reading a label out of trained blocks: the chain of Euler steps, and block 0 alone at sigma_max.
 
 One block is resident at a time: a chunk of examples passes all its steps of a block before the next block is loaded.
+What trained within a budget is sampled within it: without gradients and moments, in the batches of the training.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from devices import Device
+from devices.limits import is_out_of_memory, return_freed_memory
 from edgetrain.data import Dataset, to_float
-from edgetrain.engine import bind
+from edgetrain.engine import bind, warm_up_kernels
 from edgetrain.models import build_family
 from edgetrain.noise import euler_coefficients
 from edgetrain.objectives.base import Block
@@ -24,7 +27,9 @@ from edgetrain.resident import Resident
 from edgetrain.session import Session
 from edgetrain.stages import largest_block
 
-_CHUNK_EXAMPLES = 2048
+CHUNK_BYTES = 2 << 20
+"""What is held of all examples that pass a block together, their images included; far more work than a load."""
+_WARM_UP_EXAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,13 @@ def readouts(num_blocks: int, steps: int | None, draws: int) -> list[Readout]:
     return rows
 
 
-def accuracies(
-    session: Session, device: Device, dataset: Dataset, rows: list[Readout], batch_size: int
-) -> dict[str, float]:
+def accuracies(sampler: Sampler, dataset: Dataset, rows: list[Readout]) -> dict[str, float]:
     """Top-1 accuracy in per cent of each readout over the whole data set."""
     correct = {row.name: 0 for row in rows}
-    sampler = Sampler(session, device, batch_size)
-    for start in range(0, dataset.num_examples, _CHUNK_EXAMPLES):
-        indices = np.arange(start, min(start + _CHUNK_EXAMPLES, dataset.num_examples))
-        images, labels = dataset.read(indices)
-        steps = max(row.steps for row in rows) or session.spec.num_blocks
+    steps = max(row.steps for row in rows) or sampler.spec.num_blocks
+    chunk = sampler.chunk_examples(max(row.draws for row in rows))
+    for start in range(0, dataset.num_examples, chunk):
+        images, labels = dataset.read(np.arange(start, min(start + chunk, dataset.num_examples)))
         for projection in dict.fromkeys(row.projection for row in rows):
             mine = [row for row in rows if row.projection == projection]
             draws = max(row.draws for row in mine)
@@ -83,25 +85,44 @@ class Sampler:
         layouts = largest_block(self.spec, session.shapes)
         self.resident = Resident(device, layouts, moments_resident=False, trains=False)
 
-    @torch.no_grad()
+    def chunk_examples(self, draws: int) -> int:
+        """How many examples ``probabilities`` is to get at once, for ``CHUNK_BYTES``."""
+        model = self.spec.model
+        floats = draws * (model.width + 2 * model.num_classes)
+        return max(1, CHUNK_BYTES // (4 * floats + math.prod(model.image_shape)))
+
+    def warm_up(self) -> None:
+        """Touches the buffers and runs every operation once, so that the limit can be drawn around them."""
+        self.resident.touch()
+        images = np.zeros((_WARM_UP_EXAMPLES, *self.spec.model.image_shape), np.uint8)
+        for projection in ("soft", "hard"):
+            self.probabilities(images, 0, 1, projection, 1)
+        warm_up_kernels(self.device)
+
     def probabilities(
         self, images: NDArray[np.uint8], first_example: int, num_steps: int, projection: str, draws: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Class probabilities (draws, n, classes) of the chain's first step, at sigma_max, and of its last.
 
         Example i's noise is a function of the session's seed, i and the draw: the exported model draws the same.
+        Where memory runs out, batches are half as large from then on.
         """
+        while True:
+            try:
+                return self._chain(images, first_example, num_steps, projection, draws)
+            except (RuntimeError, MemoryError) as error:
+                if self.batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            return_freed_memory()
+            self.batch_size = (min(self.batch_size, len(images)) + 1) // 2
+
+    @torch.no_grad()
+    def _chain(
+        self, images: NDArray[np.uint8], first_example: int, num_steps: int, projection: str, draws: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         spec, n = self.spec, len(images)
-        schedule = spec.diffusion_blocks.noise
-        grid = schedule.grid(num_steps)
-        scale = np.float32((1 + schedule.sigma_max**2) ** 0.5)
-        z = np.stack(
-            [
-                scale
-                * normal(Stream(spec.train.seed, Purpose.EVALUATION_NOISE, 0, k), first_example, n, spec.model.width)
-                for k in range(draws)
-            ]
-        )  # (draws, n, width)
+        grid = spec.diffusion_blocks.noise.grid(num_steps)
+        z = np.empty((draws, n, spec.model.width), np.float32)  # between two blocks
         first = np.empty((draws, n, spec.model.num_classes), np.float32)
         last = np.empty_like(first)
         for index in dict.fromkeys(block for _, block in grid):
@@ -111,6 +132,8 @@ class Sampler:
             for part in self._batches(n):
                 x = torch.from_numpy(to_float(images[part])).to(self.device.torch_device)
                 for draw in range(draws):
+                    if steps[0] == 0:
+                        z[draw, part] = self._noise(draw, first_example + part.start, len(x))
                     state = torch.from_numpy(z[draw, part]).to(self.device.torch_device)
                     for k in steps:
                         sigma = grid[k][0]
@@ -126,6 +149,12 @@ class Sampler:
                         state = a * state + b * denoised
                     z[draw, part] = state.cpu().numpy()
         return first, last
+
+    def _noise(self, draw: int, first_example: int, count: int) -> NDArray[np.float32]:
+        """Where the chain begins, (count, width): at sigma_max, of the norm that a noised row has."""
+        stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE, 0, draw)
+        scale = np.float32((1 + self.spec.diffusion_blocks.noise.sigma_max**2) ** 0.5)
+        return scale * normal(stream, first_example, count, self.spec.model.width)
 
     def _logits(self, block: Block, images: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
         sigmas = torch.full((len(z),), sigma, device=z.device)

@@ -27,7 +27,7 @@ from edgetrain.errors import SessionCorrupt, SessionLocked, TrainingDiverged, Us
 from edgetrain.models import build_family
 from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
 from edgetrain.plan import Choice, Plan, Probe
-from edgetrain.sampling import accuracies, readouts
+from edgetrain.sampling import Sampler, accuracies, readouts
 from edgetrain.session import Session
 from edgetrain.spec import Spec, resolve
 from edgetrain.stages import Stage, group_of_block, groups, stages_of_block
@@ -343,9 +343,9 @@ def test_a_short_training_learns_and_evaluates(digits, tmp_path):
     )  # fmt: skip
     session = complete(tmp_path / "s", spec, digits, choice=Choice(32, "keep", True)).session
     test = open_dataset("digits", "test", tmp_path)
-    found = accuracies(session, devices.open_device("cpu"), test, readouts(2, None, 2), 64)
+    found = accuracies(Sampler(session, devices.open_device("cpu"), 64), test, readouts(2, None, 2))
     assert min(found.values()) > 50, "ten classes"
-    again = accuracies(session, devices.open_device("emulated"), test, readouts(2, None, 2), 64)
+    again = accuracies(Sampler(session, devices.open_device("emulated"), 64), test, readouts(2, None, 2))
     assert again == found
 
 

@@ -126,9 +126,11 @@ class Few(Dataset):
 
 
 def test_accuracy_is_that_of_the_mean_over_draws(session, digits, monkeypatch):
-    monkeypatch.setattr(sampling, "_CHUNK_EXAMPLES", 128)
+    monkeypatch.setattr(sampling, "CHUNK_BYTES", 64 << 10)
     images, labels = digits.read(np.arange(300))
-    found = accuracies(session, devices.open_device("cpu"), Few(digits), readouts(3, None, 3), batch_size=50)
+    sampler = Sampler(session, devices.open_device("cpu"), batch_size=50)
+    assert 50 < sampler.chunk_examples(3) < 150
+    found = accuracies(sampler, Few(digits), readouts(3, None, 3))
 
     def accuracy(probabilities: Tensor) -> float:
         return 100 * float((probabilities.argmax(1).numpy() == labels).mean())
@@ -141,3 +143,57 @@ def test_accuracy_is_that_of_the_mean_over_draws(session, digits, monkeypatch):
         expected |= {"sigma_max": accuracy(first[0]), "sigma_max-mean3": accuracy(first.mean(0))}
     assert found == pytest.approx(expected, abs=0.01)
     assert len(set(found.values())) > 2, "or the readings could be mixed up"
+
+
+@pytest.mark.parametrize("draws", [1, 32, 1 << 20])
+def test_what_a_chunk_holds(session, draws):
+    """Images, the state and two sets of probabilities; one example at least."""
+    sampler = Sampler(session, devices.open_device("cpu"), batch_size=8)
+    count = sampler.chunk_examples(draws)
+    first, last = sampler.probabilities(np.zeros((2, 1, 8, 8), np.uint8), 0, 3, "soft", 2)
+    each = draws * (4 * session.spec.model.width + (first.nbytes + last.nbytes) // 4) + 64
+    assert count == 1 or count * each <= sampling.CHUNK_BYTES < (count + 1) * each
+
+
+def test_a_chunk_is_seen_in_batches_from_the_noise_on(session, digits, monkeypatch):
+    counts = []
+
+    def counting(stream: Stream, first: int, count: int, size: int) -> np.ndarray:
+        counts.append(count)
+        return normal(stream, first, count, size)
+
+    monkeypatch.setattr(sampling, "normal", counting)
+    images, _ = digits.read(np.arange(20))
+    Sampler(session, devices.open_device("cpu"), batch_size=7).probabilities(images, 0, 3, "soft", draws=2)
+    assert sorted(counts) == [6, 6, 7, 7, 7, 7]
+
+
+def test_where_memory_runs_out_batches_get_smaller(session, digits, monkeypatch):
+    """Half as many at a time, from then on; with one at a time there is nothing left to give up."""
+    images, _ = digits.read(np.arange(20))
+    device = devices.open_device("cpu")
+    expected = Sampler(session, device, batch_size=20).probabilities(images, 5, 3, "soft", draws=2)
+    sampler, fitting = Sampler(session, device, batch_size=64), 5
+    run = sampler._logits
+
+    def short_of_memory(block: Block, images: Tensor, z: Tensor, sigma: float) -> Tensor:
+        # Amid the chain: what an attempt has done must not count for the next.
+        if sigma < session.spec.diffusion_blocks.noise.sigma_max and len(z) > fitting:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return run(block, images, z, sigma)
+
+    monkeypatch.setattr(sampler, "_logits", short_of_memory)
+    found = sampler.probabilities(images, 5, 3, "soft", draws=2)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert sampler.batch_size == 5
+    fitting = 0
+    with pytest.raises(RuntimeError, match="allocate"):
+        sampler.probabilities(images, 5, 3, "soft", draws=2)
+
+
+def test_warming_up_leaves_the_results_alone(session, digits):
+    images, _ = digits.read(np.arange(8))
+    sampler = Sampler(session, devices.open_device("cpu"), batch_size=8)
+    before = sampler.probabilities(images, 0, 3, "hard", draws=1)
+    sampler.warm_up()
+    np.testing.assert_array_equal(sampler.probabilities(images, 0, 3, "hard", draws=1), before)

@@ -9,8 +9,6 @@ import click
 
 from edgetrain.cli import options
 
-_OWN_STEP_BYTES = 1 << 20
-
 
 @click.command("evaluate")
 @options.SESSION
@@ -55,20 +53,25 @@ def command(
     from devices.limits import is_out_of_memory
     from edgetrain.errors import BudgetBroken
     from edgetrain.governor import Governor
-    from edgetrain.sampling import accuracies, readouts
+    from edgetrain.sampling import CHUNK_BYTES, Sampler, accuracies, readouts
+    from edgetrain.units import format_bytes
 
     rows = readouts(spec.num_blocks, euler_steps, draws)
     micro_batch = min(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
-    opened = devices.open_device(device)
-    with Governor(budget).hold(_OWN_STEP_BYTES):
+    sampler = Sampler(found, devices.open_device(device), micro_batch)
+    sampler.warm_up()
+    governor = Governor(budget)
+    with governor.hold(CHUNK_BYTES):
         try:
-            values = accuracies(found, opened, dataset, rows, micro_batch)
+            values = accuracies(sampler, dataset, rows)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise BudgetBroken(
-                f"evaluating needs more than {budget} bytes of memory: {error}", "Raise --memory-budget."
+                f"evaluating one example at a time needs more than {format_bytes(budget)} of memory: {error}",
+                "Raise --memory-budget.",
             ) from error
+    governor.check()
     results = [
         {"metric": "accuracy", "value": values[row.name], "readout": row.name, "split": split,
          "num_examples": dataset.num_examples}
@@ -78,8 +81,6 @@ def command(
     value = {"session": str(session), "results": results, "peak_bytes": peak, "budget_bytes": budget}
 
     def text() -> str:
-        from edgetrain.units import format_bytes
-
         lines = [f"{r['readout']:18} accuracy {r['value']:6.2f} %" for r in results]
         return "\n".join([
             *lines,
