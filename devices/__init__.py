@@ -21,6 +21,7 @@ __all__ = [
     "Profile",
     "Tier",
     "available",
+    "detect",
     "open_device",
 ]
 
@@ -37,8 +38,13 @@ KINDS = tuple(_CLASSES)
 
 def available() -> list[Profile]:
     """This machine's devices, the one that "auto" opens first. Imports torch only beside an accelerator."""
-    found = [_device_class(kind).detect() for kind in KINDS if kind != "emulated"]
+    found = [detect(kind) for kind in KINDS if kind != "emulated"]
     return [profile for profile in found if profile is not None]
+
+
+def detect(kind: str) -> Profile | None:
+    """This machine's device of that kind, None without one. Imports torch only for an accelerator that may be there."""
+    return _device_class(kind).detect()
 
 
 def open_device(kind: str = "auto", scratch: Path | None = None) -> Device:

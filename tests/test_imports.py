@@ -77,6 +77,33 @@ def test_devices_without_torch():
     assert run_python(code).strip() == "False"
 
 
+@pytest.mark.parametrize("kind", ["auto", "cpu", "emulated"])
+def test_no_accelerator_is_looked_for_unless_asked(kind):
+    """That would import torch before the limits are prepared."""
+    code = f"""
+import devices, edgetrain.cli.options as options
+def detect(kind):
+    raise AssertionError(kind)
+devices.detect = detect
+options.check_device({kind!r})
+print("fine")
+"""
+    assert run_python(code).strip() == "fine"
+
+
+def test_only_the_kind_that_is_asked_for_is_looked_for():
+    code = """
+import devices, edgetrain.cli.options as options
+looked = []
+devices.detect = looked.append
+try:
+    options.check_device("cuda")
+except options.UsageError:
+    print(looked[0])
+"""
+    assert run_python(code).strip() == "cuda"
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_the_front_page_imports_neither_numpy_nor_torch(arguments):
     code = f"""
@@ -87,6 +114,6 @@ try:
     run()
 except SystemExit as done:
     assert not done.code
-print([m for m in ("numpy", "torch", "onnx", "onnxruntime", "PIL", "rich", "psutil") if m in sys.modules])
+print([m for m in ("numpy", "torch", "onnx", "onnxruntime", "PIL", "psutil") if m in sys.modules])
 """
     assert run_python(code).splitlines()[-1] == "[]"

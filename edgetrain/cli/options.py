@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -115,11 +114,13 @@ def located(spec: Spec) -> Spec:
 
 
 def check_device(kind: str) -> None:
-    """Raises UsageError if this machine has no such device."""
+    """Raises UsageError if this machine has no such device. Looks for no other: that may import torch, too early."""
+    if kind in ("auto", "cpu", "emulated"):
+        return
     import devices
 
-    there = ["auto", *(profile.kind for profile in devices.available()), "emulated"]
-    if kind not in there:
+    if kind not in devices.KINDS or devices.detect(kind) is None:
+        there = ["auto", *(profile.kind for profile in devices.available()), "emulated"]
         raise UsageError(f"this machine has no device {kind!r}", f"There are: {', '.join(there)}.")
 
 
@@ -163,7 +164,3 @@ def plan_of_session(
     except BudgetInfeasible:
         free = replace(spec, train=replace(spec.train, micro_batch=0))
         return make_plan(free, measured, budget, threads, activations, spec_is_fixed=True)
-
-
-def to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from devices import KINDS, Device, DeviceOutOfMemory, Tier, available, open_device
+from devices import KINDS, Device, DeviceOutOfMemory, Tier, available, detect, open_device
 from devices.emulated import EmulatedDevice
 from devices.meter import usage
 from devices.scratch import Scratch
@@ -175,6 +175,12 @@ def test_unknown_and_missing_devices() -> None:
     for kind in set(KINDS) - {profile.kind for profile in available()} - {"emulated"}:
         with pytest.raises(RuntimeError, match=f"no {kind} device"):
             open_device(kind)
+
+
+def test_a_kind_is_detected_by_itself() -> None:
+    there = {profile.kind: profile for profile in available()}
+    for kind in set(KINDS) - {"emulated"}:
+        assert detect(kind) == there.get(kind)
 
 
 def test_imports_stay_light() -> None:
