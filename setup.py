@@ -27,7 +27,6 @@ setup(
         f"onnxruntime>=1.19,<2; {NO_ORT_TRAINING}",
         "pillow>=10,<14",  # decodes images
         "psutil>=5.9,<8",  # process trees, and memory off Linux
-        "rich>=13,<16",  # the live display
         "torch>=2.13,<2.14",  # computes; the fused AdamW kernel is called by its private name
     ],
     extras_require={

@@ -1,9 +1,14 @@
-"""The live line on stderr. Quiet when stderr is no terminal."""
+"""The live line on stderr. Quiet when stderr is no terminal.
+
+Drawn by hand: a library for it takes more memory, with a thread and its stack, than a plan leaves free.
+"""
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgetrain.units import format_bytes, format_duration
 
@@ -12,6 +17,7 @@ if TYPE_CHECKING:
     from edgetrain.training import Report
 
 _EVERY_S = 0.2
+_ERASE_TO_END = "\x1b[K"
 
 
 class Display:
@@ -19,31 +25,31 @@ class Display:
 
     def __init__(self, plan: Plan, quiet: bool) -> None:
         self._plan, self._quiet = plan, quiet
-        self._status: Any = None
         self._last = 0.0
 
     def __enter__(self) -> Display:
-        if not self._quiet:
-            from rich.console import Console
-
-            self._status = Console(stderr=True).status("starting")
-            self._status.start()
+        self._draw("starting")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
+        self._draw("")
 
     def show(self, report: Report) -> None:
-        if self._status is None or time.monotonic() - self._last < _EVERY_S:
+        if self._quiet or time.monotonic() - self._last < _EVERY_S:
             return
         from devices.meter import resident_bytes_fast
 
         self._last = time.monotonic()
         loss = "skipped" if report.loss is None else f"{report.loss:.4f}"
-        self._status.update(
+        self._draw(
             f"block {report.block}  visit {report.visit}  step {report.step}/{report.steps}  loss {loss}  "
-            f"{report.images_per_s:.0f} images/s  {format_bytes(resident_bytes_fast()[0])} of "
-            f"{format_bytes(self._plan.budget_bytes)}  read {format_bytes(report.bytes_read)}  "
-            f"written {format_bytes(report.bytes_written)}  ETA {format_duration(report.eta_s)}"
+            f"{report.images_per_s:.0f} images/s  ETA {format_duration(report.eta_s)}  "
+            f"{format_bytes(resident_bytes_fast()[0])} of {format_bytes(self._plan.budget_bytes)}  "
+            f"read {format_bytes(report.bytes_read)}  written {format_bytes(report.bytes_written)}"
         )
+
+    def _draw(self, text: str) -> None:
+        """In place of the line before; cut to the terminal's width, for one that wraps cannot be drawn over."""
+        if not self._quiet:
+            width = shutil.get_terminal_size().columns
+            print(f"\r{text[: width - 1]}{_ERASE_TO_END}", end="", file=sys.stderr, flush=True)
