@@ -153,10 +153,6 @@ class Device(abc.ABC):
     ) -> Event:
         """``copy_async`` after its checks; ``nbytes`` is positive."""
 
-    def scratch_bytes(self) -> int:
-        """Length of the scratch file, which counts as memory if its folder is on tmpfs."""
-        return self._scratch.file_bytes if self._scratch is not None else 0
-
     def buffer(self, nbytes: int, tier: Tier) -> Buffer:
         """A new buffer, page-aligned; its content is undefined and its pages untouched.
 

@@ -90,16 +90,6 @@ def set_data_limit(nbytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (nbytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def data_limit() -> int | None:
-    """The limit in force in bytes, None if there is none."""
-    if not supported():
-        return None
-    import resource
-
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
 def lift_data_limit() -> None:
     """Back to the hard limit, usually none."""
     if supported():

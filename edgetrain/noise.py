@@ -117,11 +117,6 @@ def preconditioning(sigma: Any, sigma_data: float) -> tuple[Any, Any, Any]:
     return sigma_data**2 / norm, sigma * sigma_data / norm**0.5, 1.0 / norm**0.5
 
 
-def c_noise(sigma: float) -> float:
-    """ln(sigma) / 4: how EDM (table 1) tells a network the noise level."""
-    return math.log(sigma) / 4.0
-
-
 def loss_weight(sigma: float, sigma_data: float) -> float:
     """w(sigma) = 1 / c_out^2 of EDM's L2 loss (its Eq. 8). Cross-entropy goes unweighted."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2

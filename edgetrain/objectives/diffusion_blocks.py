@@ -85,7 +85,8 @@ class DiffusionBlocks(Objective):
 def enter(spec: Spec, stem: nn.Module, images: Tensor, z: Tensor, sigma: Tensor) -> Boundary:
     """The first boundary of a block: images (n, C, H, W), z (n, width), sigma (n,)."""
     _, _, c_in = noise.preconditioning(sigma, spec.sigma_data)
-    boundary: Boundary = stem(images, c_in[:, None] * z, sigma.log() / 4)
+    c_noise = sigma.log() / 4  # EDM, table 1
+    boundary: Boundary = stem(images, c_in[:, None] * z, c_noise)
     return boundary
 
 

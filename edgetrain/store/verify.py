@@ -28,10 +28,6 @@ class Verification:
     rows: tuple[StageCheck, ...]
     digest: str | None
 
-    @property
-    def ok(self) -> bool:
-        return not any(row.problems for row in self.rows)
-
 
 def check_stage(files: StageFiles, slot: str, expected: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """What is wrong with a stage's files, and the hash of each role that could be read from ``slot``."""

@@ -23,6 +23,12 @@ def pattern(nbytes: int, seed: int = 0) -> bytes:
     )
 
 
+def scratch_bytes(device: Device) -> int:
+    """Length of the scratch file."""
+    assert device._scratch is not None
+    return device._scratch.file_bytes
+
+
 def put(device: Device, buffer: Buffer, content: bytes, offset: int = 0) -> None:
     position = 0
 
@@ -340,14 +346,14 @@ def scratch_is_reused(device: Device) -> None:
         for offloaded in reversed(kept):
             assert bool((offloaded.restore() == 7).all())
             offloaded.release()
-        lengths.append(device.scratch_bytes())
+        lengths.append(scratch_bytes(device))
     assert lengths == [lengths[0]] * 50
     assert sum(sizes) <= lengths[0] <= sum(sizes) + len(sizes) * 4096
     dropped = device.buffer(lengths[0], Tier.DISK)  # one range again, so neighbours were joined
-    assert device.scratch_bytes() == lengths[0]
+    assert scratch_bytes(device) == lengths[0]
     del dropped
     device.buffer(lengths[0], Tier.DISK)
-    assert device.scratch_bytes() == lengths[0]
+    assert scratch_bytes(device) == lengths[0]
 
 
 def disk_buffers_do_not_share_space(device: Device) -> None:

@@ -11,7 +11,7 @@ from devices import KINDS, Device, DeviceOutOfMemory, Tier, available, detect, o
 from devices.emulated import EmulatedDevice
 from devices.meter import usage
 from devices.scratch import Scratch
-from tests.devices.contracts import CONTRACT, MIB, get, pattern
+from tests.devices.contracts import CONTRACT, MIB, get, pattern, scratch_bytes
 from tests.devices.subprocesses import run_python
 
 _KINDS = (
@@ -136,7 +136,7 @@ def test_a_short_read_is_reported(tmp_path: Path) -> None:
 def test_scratch_leaves_no_name_behind(tmp_path: Path) -> None:
     device = open_device("cpu", tmp_path)
     device.offload(torch.ones(1000), Tier.DISK)
-    assert device.scratch_bytes() == 4096
+    assert scratch_bytes(device) == 4096
     assert list(tmp_path.iterdir()) == []
 
 

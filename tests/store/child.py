@@ -12,7 +12,7 @@ from typing import Any
 
 from edgetrain.errors import EdgetrainError
 from edgetrain.store import Store
-from tests.store.common import CODEBOOK, GROUPS, holds, new_store, reopened, update
+from tests.store.common import CODEBOOK, GROUPS, holds, new_store, reopened, sound, update
 
 CRASHED = 77
 WATCHED = ("open", "posix_fallocate", "pwrite", "fdatasync", "fsync", "replace")
@@ -104,14 +104,14 @@ def full_disk(path: Path) -> None:
         (path / "ballast").unlink()
         with store.lock(["00"]):
             update(store, "00", 2)
-        assert reopened(path / "session").verify().ok
+        assert sound(reopened(path / "session"))
         exit_with(error)
 
 
 def read_only(path: Path) -> None:
     """Everything that only reads works in a read-only folder; training says why it doesn't."""
     store = reopened(path)
-    assert store.verify().ok
+    assert sound(store)
     assert holds(store, "00", 0)
     assert store.digest()
     try:

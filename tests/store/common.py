@@ -57,6 +57,11 @@ def reopened(path: Path) -> Store:
     return Store.open(path, GROUPS, [CODEBOOK])
 
 
+def sound(store: Store) -> bool:
+    """Whether ``verify`` finds nothing wrong."""
+    return not any(row.problems for row in store.verify().rows)
+
+
 def content(store: Store, layout: StageLayout, role: str) -> bytearray:
     data = bytearray(layout.section_bytes(role))
     store.read(layout.name, role, memoryview(data))

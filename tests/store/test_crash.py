@@ -14,7 +14,19 @@ import pytest
 from edgetrain.errors import DiskError, SessionCorrupt
 from edgetrain.store import Store
 from tests.store import child
-from tests.store.common import CODEBOOK, GROUPS, ROOT, holds, new_store, python, reopened, run_child, section, update
+from tests.store.common import (
+    CODEBOOK,
+    GROUPS,
+    ROOT,
+    holds,
+    new_store,
+    python,
+    reopened,
+    run_child,
+    section,
+    sound,
+    update,
+)
 
 # Called in an update of the group's two stages: the lock's file and its pid, a sync of the folder, then for each stage
 # one open, three writes and one sync, then the manifest.
@@ -44,7 +56,7 @@ def test_a_crash_at_each_call_leaves_the_old_state_or_the_new(tmp_path: Path) ->
         assert ended.returncode == child.CRASHED, ended.stderr
         store = reopened(path)
         seen.append(expected[store.digest()])
-        assert store.verify().ok
+        assert sound(store)
         assert holds(store, "00", seen[-1])
         assert holds(store, "01", 0)
         if seen[-1] == 1:
@@ -73,7 +85,7 @@ def test_a_crash_in_creation_lets_it_be_finished(tmp_path: Path) -> None:
                 store.write_frozen("codebook", memoryview(section(CODEBOOK, "frozen", 0)))
             for group in store.uncommitted:
                 update(store, group, 0)
-        assert reopened(path).verify().ok
+        assert sound(reopened(path))
         assert holds(store, "00", 0)
         assert holds(store, "01", 0)
     assert ended.returncode == 0
@@ -95,7 +107,7 @@ def test_kill_at_random_moments(tmp_path: Path) -> None:
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
         store = reopened(path)
-        assert store.verify().ok
+        assert sound(store)
         for group in GROUPS:
             number = store.manifest(group).state["number"]
             assert number in (printed[-1], printed[-1] + 1)
@@ -108,7 +120,7 @@ def test_a_refused_write_loses_nothing(tmp_path: Path) -> None:
     assert ended.returncode == DiskError.exit_code, ended.stderr
     assert "disk full (limit on a file's size)" in ended.stdout
     assert "block00." in ended.stdout
-    assert reopened(tmp_path).verify().ok
+    assert sound(reopened(tmp_path))
 
 
 def in_own_mounts(setup: str, *arguments: str) -> subprocess.CompletedProcess[str]:
