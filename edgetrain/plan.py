@@ -28,8 +28,8 @@ from edgetrain.units import MIB, format_bytes
 
 ACTIVATIONS = ("keep", "recompute", "offload")
 
-# Kept free between the predicted peak and the budget: the limit leaves 8.5 MiB for file pages that may yet be read in and
-# a step needs a little of its own; training uses some 4 of them, for predictions are low by up to 3 per cent.
+# Kept free between the predicted peak and the budget: the limit leaves 8.5 MiB for file pages that may yet be read in,
+# and a step needs a little of its own. Training uses some 4 of them, for predictions are low by up to 3 per cent.
 _MARGIN_BYTES = 10 * MIB
 _MARGIN_OF_ACTIVATIONS = 0.03
 _MARGIN_OF_ADVICE = 0.01  # a budget that an error names must do, though the next probe may measure a little more

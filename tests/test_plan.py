@@ -110,7 +110,7 @@ def test_no_budget_below_what_the_probe_itself_takes():
 def test_streamed_moments_are_written_at_every_step():
     resident = plan_of(4000)
     weights = resident.owners["weights"]
-    tight = (250 + 1 + 6 + 2) * MIB + 2 * weights + 8 * MIB  # room for the slices of 4 MiB each, not for the moments
+    tight = (250 + 1 + 10 + 2) * MIB + 2 * weights + 8 * MIB  # room for the slices of 4 MiB each, not for the moments
     streamed = make_plan(spec_of(), Probe.from_json(measured()), tight, 1)
     assert not streamed.choice.moments_resident
     assert resident.visit_written_bytes == 3 * weights
