@@ -515,7 +515,9 @@ def test_a_damaged_slot_is_not_trained_on(role, moments_resident, digits, tmp_pa
         train_on(tmp_path / "s", digits, choice=Choice(8, "keep", moments_resident))
     if role == "weight":
         with pytest.raises(SessionCorrupt, match=str(path)):
-            accuracies(Session.open(tmp_path / "s"), devices.open_device("cpu"), digits, readouts(2, None, 1), 64)
+            accuracies(
+                Sampler(Session.open(tmp_path / "s"), devices.open_device("cpu"), 64), digits, readouts(2, None, 1)
+            )
 
 
 def test_a_second_training_of_one_block_is_locked_out(digits, tmp_path):
