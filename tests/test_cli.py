@@ -35,6 +35,7 @@ from tests.data.files import (
     write_image,
     write_image_folder,
 )
+from tests.data.test_open import FASHION_MNIST
 
 ROOT = Path(__file__).parents[1]
 BUDGET = "600MiB"
@@ -537,6 +538,21 @@ def test_images_are_classified_chunk_by_chunk(place, complete, tmp_path):
     assert len(many["predictions"]) == 3000
     assert many["predictions"][0]["class"] == few["predictions"][0]["class"]
     assert many["peak_bytes"] - few["peak_bytes"] < 12 << 20
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason=f"no {FASHION_MNIST}: set EDGETRAIN_FASHION_MNIST")
+def test_fashion_mnist_from_its_files_to_onnx(place, tmp_path):
+    path, model = tmp_path / "s", tmp_path / "model"
+    told = ["--recipe", "vit-fashion-mnist", "--data", FASHION_MNIST, "--memory-budget", "400MiB"]
+    done = place.json("train", path, *told, "--steps", 150, "--set", "train.visit_steps=50")
+    assert done["peak_bytes"] <= 400 << 20
+    here = {row["readout"]: row["value"] for row in place.json("evaluate", path, "--draws", 1)["results"]}
+    assert here["chain"] > 50
+    place.json("export", path, "--to", model)
+    there = {row["readout"]: row for row in place.json("predict", model, "--data", FASHION_MNIST)["results"]}
+    assert there["chain"]["num_examples"] == 10_000
+    assert there["chain"]["value"] == pytest.approx(here["chain"], abs=0.1)
 
 
 # ------------------------------------------------------------------------------------------- the loss, and the disk
