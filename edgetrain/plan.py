@@ -97,6 +97,10 @@ class Probe:
     step_bytes: Mapping[str, Curve]
     step_s: Mapping[str, Curve]
 
+    def covers(self, budget_bytes: int) -> bool:
+        """Whether nothing was left out that fits into this budget."""
+        return self.budget_bytes is None or self.budget_bytes >= budget_bytes
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Probe:
         return cls(
@@ -139,7 +143,7 @@ def make_plan(
         BudgetInfeasible: there is none; names the largest owner, the smallest budget, and what lowers it most.
     """
     candidates = list(_candidates(spec, probe, activations))
-    smallest = _smallest_budget_bytes(spec, probe, activations)
+    smallest = smallest_budget_bytes(spec, probe, activations)
     fitting = [one for one in candidates if _needed_bytes(one[1]) <= budget_bytes]
     if budget_bytes < smallest:
         owners = min((owners for _, owners, _ in candidates), key=_needed_bytes)
@@ -206,7 +210,8 @@ def _needed_bytes(owners: Mapping[str, int]) -> int:
     return sum(owners.values()) + _MARGIN_BYTES + round(_MARGIN_OF_ACTIVATIONS * owners["activations"])
 
 
-def _smallest_budget_bytes(spec: Spec, probe: Probe, activations: str | None) -> int:
+def smallest_budget_bytes(spec: Spec, probe: Probe, activations: str | None) -> int:
+    """The least with which training is planned."""
     return max(probe.own_bytes, min(_needed_bytes(owners) for _, owners, _ in _candidates(spec, probe, activations)))
 
 
@@ -218,7 +223,7 @@ def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int)
         knobs[f"diffusion_blocks.num_blocks={spec.model.depth}"] = replace(spec, diffusion_blocks=method)
     if spec.train.micro_batch > 1:
         knobs["train.micro_batch=1"] = replace(spec, train=replace(spec.train, micro_batch=1))
-    needed = {text: _smallest_budget_bytes(other, probe, activations) for text, other in knobs.items()}
+    needed = {text: smallest_budget_bytes(other, probe, activations) for text, other in knobs.items()}
     text = min(needed, key=lambda name: needed[name], default=None)
     if text is None or needed[text] >= smallest:
         return ", or a smaller model.width."
@@ -260,7 +265,7 @@ def saved_probe(spec: Spec, device: str, num_threads: int, budget_bytes: int) ->
         found = Probe.from_json(json.loads(_cache_path(spec, device, num_threads).read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if found.budget_bytes is None or found.budget_bytes >= budget_bytes else None
+    return found if found.covers(budget_bytes) else None
 
 
 def _cache_path(spec: Spec, device: str, num_threads: int) -> Path:

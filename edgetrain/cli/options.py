@@ -158,7 +158,7 @@ def plan_of_session(
 
     own = max(session.progress(block).micro_batches[-1][1] for block in range(spec.num_blocks))
     kept = replace(spec, train=replace(spec.train, micro_batch=own))
-    measured = probed(kept, device, threads, budget)
+    measured = probed(kept, device, threads, budget, activations)
     try:
         return make_plan(kept, measured, budget, threads, activations)
     except BudgetInfeasible:

@@ -58,7 +58,9 @@ def command(
         if budget is None:
             raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")
         spec, _ = options.with_shapes(options.new_spec(recipe or "", data, None, assignments))
-        plan = planning.make_plan(spec, probed(spec, device, threads, budget), budget, threads, activations)
+        plan = planning.make_plan(
+            spec, probed(spec, device, threads, budget, activations), budget, threads, activations
+        )
     per_step = plan.visit_written_bytes / spec.train.visit_steps
 
     def text() -> str:

@@ -14,32 +14,32 @@ from typing import NoReturn
 
 from edgetrain.cli.become import become
 from edgetrain.cli.main import guarded
-from edgetrain.plan import Probe, save_probe, saved_probe
+from edgetrain.plan import Probe, save_probe, saved_probe, smallest_budget_bytes
 from edgetrain.spec import Spec, resolve, to_toml
 
 _RESULT = "EDGETRAIN_PROBE"
+_ROOM_BEYOND_THE_SMALLEST = 1.05
 
 
-def probed(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe:
+def probed(spec: Spec, device: str, num_threads: int, budget_bytes: int, activations: str | None) -> Probe:
     """The probe's measurement; without one this process ends here and begins again with it.
 
-    Nothing may be held that the end of a process would not release.
+    Nothing may be held that the end of a process would not release. If the budget is too small, the measurement is one
+    with as much room as the budget that does: what a refusal names must hold.
     """
     brought = json.loads(os.environ.pop(_RESULT, "null"))
-    if brought is not None and brought["request"] == _request(spec, device, num_threads, budget_bytes):
-        return save_probe(spec, device, num_threads, brought["measured"])
-    return saved_probe(spec, device, num_threads, budget_bytes) or _become_probe(
-        _request(spec, device, num_threads, budget_bytes)
-    )
-
-
-def _request(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> list[object]:
-    return [to_toml(spec), device, num_threads, budget_bytes]
-
-
-def _become_probe(request: list[object]) -> NoReturn:
-    text = json.dumps({"request": request, "command": sys.orig_argv[1:]})
-    become(["-m", "edgetrain.cli.probe", text])
+    if brought is not None and brought["request"][:-1] == [to_toml(spec), device, num_threads]:
+        found: Probe | None = save_probe(spec, device, num_threads, brought["measured"])
+    else:
+        found = saved_probe(spec, device, num_threads, budget_bytes)
+    needed_bytes = budget_bytes
+    if found is not None:
+        smallest = smallest_budget_bytes(spec, found, activations)
+        if smallest <= budget_bytes or found.covers(smallest):
+            return found
+        needed_bytes = round(_ROOM_BEYOND_THE_SMALLEST * smallest)
+    request = [to_toml(spec), device, num_threads, needed_bytes]
+    return become(["-m", "edgetrain.cli.probe", json.dumps({"request": request, "command": sys.orig_argv[1:]})])
 
 
 def main() -> None:

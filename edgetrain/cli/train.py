@@ -83,7 +83,7 @@ def command(
     else:
         spec, dataset = options.open_data(spec, "train", found.scratch)
     if found is None:
-        measured = probed(spec, device, threads, budget)
+        measured = probed(spec, device, threads, budget, activations)
         plan = planning.make_plan(spec, measured, budget, threads, activations)
         spec = replace(spec, train=replace(spec.train, micro_batch=plan.choice.micro_batch))
     else:
