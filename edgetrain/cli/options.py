@@ -158,9 +158,10 @@ def plan_of_session(
 
     own = max(session.progress(block).micro_batches[-1][1] for block in range(spec.num_blocks))
     kept = replace(spec, train=replace(spec.train, micro_batch=own))
-    measured = probed(kept, device, threads, budget, activations)
+    free = replace(spec, train=replace(spec.train, micro_batch=0))
+    # Of the free one: a smaller micro-batch may fit, and then the probe has no call for more room than the budget.
+    measured = probed(free, device, threads, budget, activations)
     try:
         return make_plan(kept, measured, budget, threads, activations)
     except BudgetInfeasible:
-        free = replace(spec, train=replace(spec.train, micro_batch=0))
         return make_plan(free, measured, budget, threads, activations, spec_is_fixed=True)
