@@ -45,7 +45,7 @@ def make_session(path: Path, width: int, depth: int) -> int:
     import numpy as np
     import torch
 
-    from edgetrain.engine import build_modules
+    from edgetrain.blockwise import build_modules
     from edgetrain.models import build_family
     from edgetrain.session import Session
     from edgetrain.spec import resolve

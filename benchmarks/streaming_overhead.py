@@ -24,7 +24,7 @@ from common import parser, progress, report, temporary_folder
 from devices.limits import prepare_process
 
 if TYPE_CHECKING:
-    from edgetrain.engine import Engine
+    from edgetrain.blockwise import BlockTrainer
     from edgetrain.session import Session
 
 _BUDGET_BYTES = 4 << 30
@@ -42,15 +42,15 @@ def set_allocator(ordinary: bool) -> None:
 class Plain:
     """A block of the session, resident, trained as one would by hand."""
 
-    def __init__(self, session: Session, engine: Engine, block: int) -> None:
+    def __init__(self, session: Session, trainer: BlockTrainer, block: int) -> None:
         import torch
 
-        from edgetrain.engine import bind, build_modules
+        from edgetrain.blockwise import bind, build_modules
 
-        self.spec, self.objective, self.step = session.spec, engine.objective, 0
-        bound = bind(engine.resident, self.spec, session.shapes, engine.family, block)
-        engine.resident.load(session.store)
-        self.block = build_modules(self.spec, engine.family, block)
+        self.spec, self.objective, self.step = session.spec, trainer.objective, 0
+        bound = bind(trainer.resident, self.spec, session.shapes, trainer.family, block)
+        trainer.resident.load(session.store.read)
+        self.block = build_modules(self.spec, trainer.family, block)
         modules = list(zip(self._modules(self.block), self._modules(bound), strict=True))
         for mine, theirs in modules:
             mine.to_empty(device="cpu").load_state_dict(theirs.state_dict())
@@ -58,7 +58,7 @@ class Plain:
         decayed: dict[bool, list[Any]] = {True: [], False: []}
         for mine, _ in modules[1:]:
             for name, parameter in mine.named_parameters():
-                decayed[engine.family.decays(name, tuple(parameter.shape))].append(parameter)
+                decayed[trainer.family.decays(name, tuple(parameter.shape))].append(parameter)
         self.parameters = [*decayed[True], *decayed[False]]
         told = self.spec.optimizer
         groups = [{"params": p, "weight_decay": told.weight_decay if yes else 0.0} for yes, p in decayed.items()]
@@ -97,6 +97,7 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     """Median seconds a step of each arm, and the largest relative difference of a visit's last loss."""
     import devices
     from edgetrain import plan as planning
+    from edgetrain.blockwise import BlockTrainer
     from edgetrain.data import open_dataset
     from edgetrain.engine import Engine
     from edgetrain.objectives.base import training_batches
@@ -120,14 +121,11 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     probe = planning.Probe.from_json(measure(spec, "cpu", _BUDGET_BYTES))
     choice = planning.make_plan(spec, probe, _BUDGET_BYTES, threads, "keep").choice
     session = create(folder / "session", spec, probe)
-    engine = Engine(
-        session,
-        devices.open_device("cpu", session.scratch),
-        choice,
-        DiffusionBlocks(spec, training_batches(spec, dataset)),
-    )
+    objective = DiffusionBlocks(spec, training_batches(spec, dataset))
+    trainer = BlockTrainer(session, devices.open_device("cpu", session.scratch), choice, objective)
+    engine = Engine(session, trainer, choice.micro_batch)
     blocks = range(spec.num_blocks)
-    plain = {arm: [Plain(session, engine, block) for block in blocks] for arm in _ARMS[1:]}
+    plain = {arm: [Plain(session, trainer, block) for block in blocks] for arm in _ARMS[1:]}
     seconds: dict[str, list[float]] = {arm: [] for arm in _ARMS}
     differing = 0.0
     with session.store.lock({group_of_block(spec, block) for block in blocks}):

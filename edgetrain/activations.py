@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from devices import Device, Offloaded, Tier
-from edgetrain.models.base import Boundary, Layer
+from edgetrain.models.base import Boundary
+
+Run = Callable[[Boundary], Boundary]
+"""A layer."""
 
 # Smaller tensors stay: they cost more to move than to hold.
-_SMALLEST_OFFLOADED_BYTES = 16384
+SMALLEST_OFFLOADED_BYTES = 16384
 
 
 class Activations(abc.ABC):
@@ -26,21 +29,20 @@ class Activations(abc.ABC):
     offloaded_bytes = 0
 
     @abc.abstractmethod
-    def run(self, layer: Layer, boundary: Boundary) -> Boundary: ...
+    def run(self, layer: Run, boundary: Boundary) -> Boundary: ...
 
 
 class Keep(Activations):
     """Ordinary autograd: everything saved stays in device memory."""
 
-    def run(self, layer: Layer, boundary: Boundary) -> Boundary:
-        result: Boundary = layer(boundary)
-        return result
+    def run(self, layer: Run, boundary: Boundary) -> Boundary:
+        return layer(boundary)
 
 
 class Recompute(Activations):
     """Only the boundary is kept; the layer runs once more in the backward pass (Chen et al., arXiv 1604.06174)."""
 
-    def run(self, layer: Layer, boundary: Boundary) -> Boundary:
+    def run(self, layer: Run, boundary: Boundary) -> Boundary:
         carried, context = dict(boundary.carried), dict(boundary.context)
         # Autograd calls the backward of a function only if some input wants a gradient; with a frozen stem none would.
         anchor = torch.empty(0, requires_grad=True)
@@ -51,7 +53,7 @@ class Recompute(Activations):
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: Layer, names: tuple[tuple[str, ...], ...], anchor: Tensor, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, layer: Run, names: tuple[tuple[str, ...], ...], anchor: Tensor, *inputs: Tensor) -> Any:
         ctx.layer, ctx.names = layer, names
         ctx.save_for_backward(*inputs)
         return tuple(layer(_boundary(names, inputs)).carried.values())
@@ -87,13 +89,12 @@ class Offload(Activations):
         self.device, self.tier, self.resident = device, tier, resident
         self.offloaded_bytes = 0
 
-    def run(self, layer: Layer, boundary: Boundary) -> Boundary:
+    def run(self, layer: Run, boundary: Boundary) -> Boundary:
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            result: Boundary = layer(boundary)
-        return result
+            return layer(boundary)
 
     def _pack(self, tensor: Tensor) -> Tensor | Offloaded:
-        if tensor.nbytes < _SMALLEST_OFFLOADED_BYTES or self.resident(tensor):
+        if tensor.nbytes < SMALLEST_OFFLOADED_BYTES or self.resident(tensor):
             return tensor
         moved = self.device.offload(tensor, self.tier)
         self.offloaded_bytes += moved.nbytes

@@ -7,19 +7,37 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from edgetrain.randomness import Stream, words
 from edgetrain.spec import OptimizerSpec
+
+_ELEMENTS_PER_SAMPLE = 16  # 16 bits for each, of four 64-bit words
 
 
 def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
-    """Of optimizer step ``step`` (from 0) out of ``total``: linear warm-up, then cosine to ``final_lr`` of the peak."""
-    warmup = max(1, round(spec.warmup * total))
+    """Of optimizer step ``step`` (from 0) out of ``total``: linear warm-up, then as ``spec.schedule`` says."""
+    warmup = max(1, round(spec.warmup * total)) if spec.warmup else 0
     if step < warmup:
         return spec.lr * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return spec.lr * (spec.final_lr + (1 - spec.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return spec.lr * (spec.final_lr + (1 - spec.final_lr) * shape[spec.schedule])
+
+
+@torch.no_grad()
+def round_to_bf16(values: Tensor, stream: Stream, first: int) -> None:
+    """Rounds float32 ``values`` (n,) in place to neighbours that bf16 holds, up or down at random such that the mean
+    is kept. Element i is rounded by the 16 bits of number ``first`` + i of the stream, however elements are split."""
+    start = first // _ELEMENTS_PER_SAMPLE
+    samples = -(-(first + len(values)) // _ELEMENTS_PER_SAMPLE) - start
+    drawn = words(stream, start, samples, _ELEMENTS_PER_SAMPLE // 4).view(np.uint16).reshape(-1)
+    low = drawn[first - start * _ELEMENTS_PER_SAMPLE :][: len(values)].astype(np.int32)
+    bits = values.view(torch.int32)
+    bits += torch.from_numpy(low).to(values.device)
+    bits &= -65536
 
 
 class AdamW:

@@ -6,6 +6,7 @@ micro-batches. Bytes and seconds are linear in both, phase by phase: that predic
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -22,7 +23,8 @@ from typing import Any
 from edgetrain import __version__
 from edgetrain.errors import BudgetInfeasible
 from edgetrain.pieces import buffer_bytes
-from edgetrain.spec import Spec
+from edgetrain.spec import Spec, StackSpec
+from edgetrain.stack import source_hash
 from edgetrain.stages import Shapes, frozen, groups, largest_block
 from edgetrain.units import MIB, format_bytes
 
@@ -30,11 +32,11 @@ ACTIVATIONS = ("keep", "recompute", "offload")
 
 # Kept free between the predicted peak and the budget: the limit leaves 8.5 MiB for file pages that may yet be read in,
 # and a step needs a little of its own. Training uses some 4 of them, for predictions are low by up to 3 per cent.
-_MARGIN_BYTES = 10 * MIB
-_MARGIN_OF_ACTIVATIONS = 0.03
+MARGIN_BYTES = 10 * MIB
+MARGIN_OF_ACTIVATIONS = 0.03
 _MARGIN_OF_ADVICE = 0.01  # a budget that an error names must do, though the next probe may measure a little more
-_SAME_TIME = 1.05  # what the probe's clock cannot tell apart
-_CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
+SAME_TIME = 1.05  # what the probe's clock cannot tell apart
+CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,33 @@ class Choice:
     micro_batch: int
     activations: str
     moments_resident: bool
+
+    def describe(self) -> str:
+        return f"activations {self.activations}, moments {'resident' if self.moments_resident else 'streamed'}"
+
+
+@dataclass(frozen=True)
+class StreamedChoice:
+    """What the plan decides for exact training; only the micro-batch touches a bit of the result.
+
+    ``kept_layers``: so many of the last layers stay resident from forward to backward, with what autograd saved;
+    ``activations`` "recompute" or "offload": what becomes of those of the others. ``resident``: weights and moments of
+    everything stay. ``boundaries`` "memory" or "moved"; ``logits`` "keep", "recompute" or "offload".
+    """
+
+    micro_batch: int
+    activations: str = "recompute"
+    kept_layers: int = 0
+    resident: bool = False
+    boundaries: str = "memory"
+    logits: str = "recompute"
+
+    def describe(self) -> str:
+        state = "resident" if self.resident else "streamed"
+        return (
+            f"weights and moments {state}, activations {self.activations} but for the last {self.kept_layers} layers, "
+            f"boundaries {self.boundaries}, logits {self.logits}"
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +91,7 @@ class Curve:
         """The peak of ``layers`` layers at ``micro_batch``."""
         values = [self._through(points, micro_batch) for points in self.points]
         beyond = max(0, layers - len(values))
-        value = values[min(layers, len(values)) - 1] + beyond * (values[-1] - values[-2])
+        value = values[min(layers, len(values)) - 1] + (beyond * (values[-1] - values[-2]) if beyond else 0.0)
         known = [one[1] for one in self.bounds[:layers] if one is not None and micro_batch >= one[0]]
         return max(0.0, value, *known)
 
@@ -118,10 +147,11 @@ class Plan:
     peak_bytes: int
     smallest_budget_bytes: int
     owners: Mapping[str, int]
-    choice: Choice
+    choice: Choice | StreamedChoice
     step_s: float
     session_bytes: int
-    visit_written_bytes: int
+    written_bytes_per_step: int
+    scratch_bytes_per_step: int
     num_threads: int
 
     def to_json(self) -> dict[str, Any]:
@@ -147,17 +177,11 @@ def make_plan(
     fitting = [one for one in candidates if _needed_bytes(one[1]) <= budget_bytes]
     if budget_bytes < smallest:
         owners = min((owners for _, owners, _ in candidates), key=_needed_bytes)
-        largest = max(owners, key=lambda name: owners[name])
-        raise BudgetInfeasible(
-            f"{format_bytes(budget_bytes)} are too little: the least this training can do with is "
-            f"{format_bytes(smallest)} ({smallest} bytes), the largest part of it {largest} with "
-            f"{format_bytes(owners[largest])}",
-            f"Use --memory-budget {_advised_mib(smallest)}MiB"
-            + ("." if spec_is_fixed else _best_knob(spec, probe, activations, smallest)),
-        )
+        knob = "." if spec_is_fixed else _best_knob(spec, probe, activations, smallest)
+        raise infeasible(budget_bytes, smallest, owners, knob)
     # Between equal times the first, which splits and moves least.
     fastest = min(seconds for _, _, seconds in fitting)
-    choice, owners, seconds = next(one for one in fitting if one[2] <= _SAME_TIME * fastest)
+    choice, owners, seconds = next(one for one in fitting if one[2] <= SAME_TIME * fastest)
     trained = sum(t.section_bytes("weight") for t in largest_block(spec, probe.shapes) if t.trained)
     return Plan(
         budget_bytes=budget_bytes,
@@ -167,9 +191,25 @@ def make_plan(
         choice=choice,
         step_s=seconds,
         session_bytes=session_bytes(spec, probe.shapes),
-        # Weights and moments at the end; streamed moments at every step besides.
-        visit_written_bytes=trained * (3 if choice.moments_resident else 1 + 2 * spec.train.visit_steps),
+        # Weights and moments at the end of a visit; streamed moments at every step besides.
+        written_bytes_per_step=_per_step(trained, choice, spec.train.visit_steps),
+        scratch_bytes_per_step=0,
         num_threads=num_threads,
+    )
+
+
+def _per_step(trained_bytes: int, choice: Choice, visit_steps: int) -> int:
+    return trained_bytes * (3 if choice.moments_resident else 1 + 2 * visit_steps) // visit_steps
+
+
+def infeasible(budget_bytes: int, smallest: int, owners: Mapping[str, int], knob: str) -> BudgetInfeasible:
+    """The refusal of a budget. ``knob`` ends the hint: what else would do."""
+    largest = max(owners, key=lambda name: owners[name])
+    return BudgetInfeasible(
+        f"{format_bytes(budget_bytes)} are too little: the least this training can do with is "
+        f"{format_bytes(smallest)} ({smallest} bytes), the largest part of it {largest} with "
+        f"{format_bytes(owners[largest])}",
+        f"Use --memory-budget {advised_mib(smallest)}MiB{knob}",
     )
 
 
@@ -179,15 +219,15 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
     layouts = largest_block(spec, probe.shapes)
     batch_size = spec.train.batch_size
     fixed = spec.train.micro_batch
-    for micro_batch in [fixed] if fixed else _splits(batch_size):
+    for micro_batch in [fixed] if fixed else splits(batch_size):
         for kind in [forced] if forced else ACTIVATIONS:
             for moments_resident in (True, False):
-                owners = {"runtime": probe.runtime_bytes, **buffer_bytes(layouts, moments_resident)}
+                owners = {"runtime": probe.runtime_bytes, **buffer_bytes([layouts], moments_resident)}
                 owners["activations"] = round(probe.step_bytes[kind].at(layers, micro_batch))
                 # Recomputing and offloading only add work, whatever noise the probe's clock had.
                 per_example = max(probe.step_s[name].rate(layers) for name in {"keep", kind})
                 moved = 0 if moments_resident else 4 * owners["weights"]
-                seconds = batch_size * per_example + moved / _CACHED_BYTES_PER_S
+                seconds = batch_size * per_example + moved / CACHED_BYTES_PER_S
                 # Small pieces cost what a fuller one would have shared; measured by the smallest probe.
                 smallest, smallest_s = probe.step_s["keep"].points[0][0]
                 overhead = max(0.0, smallest_s - smallest * probe.step_s["keep"].rate(1))
@@ -200,14 +240,14 @@ def largest_micro_batch(spec: Spec) -> int:
     return spec.train.micro_batch or spec.train.batch_size
 
 
-def _splits(batch_size: int) -> list[int]:
+def splits(batch_size: int) -> list[int]:
     """Micro-batches that split a batch most evenly, largest first."""
     sizes = (-(-batch_size // pieces) for pieces in range(1, batch_size + 1))
     return list(dict.fromkeys(sizes))
 
 
 def _needed_bytes(owners: Mapping[str, int]) -> int:
-    return sum(owners.values()) + _MARGIN_BYTES + round(_MARGIN_OF_ACTIVATIONS * owners["activations"])
+    return sum(owners.values()) + MARGIN_BYTES + round(MARGIN_OF_ACTIVATIONS * owners["activations"])
 
 
 def smallest_budget_bytes(spec: Spec, probe: Probe, activations: str | None) -> int:
@@ -227,10 +267,10 @@ def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int)
     text = min(needed, key=lambda name: needed[name], default=None)
     if text is None or needed[text] >= smallest:
         return ", or a smaller model.width."
-    return f", or --set {text}, with which {_advised_mib(needed[text])}MiB will do."
+    return f", or --set {text}, with which {advised_mib(needed[text])}MiB will do."
 
 
-def _advised_mib(needed_bytes: int) -> int:
+def advised_mib(needed_bytes: int) -> int:
     return math.ceil(needed_bytes * (1 + _MARGIN_OF_ADVICE) / MIB)
 
 
@@ -241,13 +281,8 @@ def session_bytes(spec: Spec, shapes: Shapes) -> int:
     return total + sum(stage.layout(shapes).section_bytes("frozen") for stage in frozen(spec))
 
 
-def save_probe(spec: Spec, device: str, num_threads: int, measured: Mapping[str, Any]) -> Probe:
-    """Keeps what ``edgetrain.probe`` measured for later plans, if the cache can be written.
-
-    Raises:
-        KeyError, TypeError: it is no such measurement.
-    """
-    made = Probe.from_json(measured)
+def save_probe(spec: Spec, device: str, num_threads: int, measured: Mapping[str, Any]) -> None:
+    """Keeps what a probe measured for later plans, if the cache can be written."""
     path = _cache_path(spec, device, num_threads)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,16 +291,21 @@ def save_probe(spec: Spec, device: str, num_threads: int, measured: Mapping[str,
         aside.replace(path)
     except OSError:
         pass  # a cache that cannot be written costs a probe at the next start, no more
-    return made
 
 
-def saved_probe(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe | None:
-    """The measurement in the cache, None without one that saw as much of the budget as this needs."""
+def forget_probe(spec: Spec, device: str, num_threads: int) -> None:
+    """Drops a measurement that turned out to be of something else."""
+    with contextlib.suppress(OSError):
+        _cache_path(spec, device, num_threads).unlink()
+
+
+def saved_probe(spec: Spec, device: str, num_threads: int) -> Mapping[str, Any] | None:
+    """The measurement in the cache, as JSON."""
     try:
-        found = Probe.from_json(json.loads(_cache_path(spec, device, num_threads).read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(_cache_path(spec, device, num_threads).read_text())
+    except (OSError, ValueError):
         return None
-    return found if found.covers(budget_bytes) else None
+    return found if isinstance(found, dict) else None
 
 
 def _cache_path(spec: Spec, device: str, num_threads: int) -> Path:
@@ -277,14 +317,20 @@ def _cache_folder() -> Path:
 
 
 def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
-    """Of all that decides what a probe measures; the depth, the number of blocks and the data's place do not."""
+    """Of all that decides what a probe measures; the depth, the number of blocks and the data's place do not.
+
+    A stack's blocks need not be alike, and its file decides their shapes.
+    """
     model, method = dataclasses.asdict(spec.model), dataclasses.asdict(spec.diffusion_blocks)
-    del model["depth"]
+    if not isinstance(spec.model, StackSpec):
+        del model["depth"]
     measured = {name: method[name] for name in ("streams", "skip", "auxiliary", "codebook", "stem", "head")}
+    if spec.is_exact:
+        measured = dataclasses.asdict(spec.exact)
     machine = [platform.processor() or platform.machine(), platform.python_version(), os.cpu_count()]
     versions = [__version__, metadata.version("torch"), metadata.version("numpy")]
     data = dataclasses.asdict(spec.data)
-    del data["source"]
+    data["source"] = source_hash(spec.data.source) if isinstance(spec.model, StackSpec) else ""
     key = [model, measured, data, largest_micro_batch(spec), machine, versions, device, num_threads]
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 

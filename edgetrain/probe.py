@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from devices import limits, meter
 from edgetrain.spec import Spec
@@ -22,14 +23,66 @@ _REPEATS, _ENOUGH_S = 3, 0.1  # of a step: memory does not vary, the machine's m
 
 
 def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object]:
-    """The fields of a ``plan.Probe``. ``limits.prepare_process`` comes first, and torch's number of threads."""
+    """The fields of the probe of the spec's objective.
+
+    ``limits.prepare_process`` comes first, and torch's number of threads.
+    """
+    return (_measure_streamed if spec.is_exact else _measure_block)(spec, device_kind, budget_bytes)
+
+
+def _measure_streamed(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object]:
     import numpy as np
+
+    from edgetrain import streamed_probe
+    from edgetrain.importing import language_shapes
+    from edgetrain.models import build_network
+    from edgetrain.objectives.base import training_batches
+    from edgetrain.spec import LanguageModelSpec, StackSpec
+
+    if isinstance(spec.model, LanguageModelSpec):
+
+        class Text:
+            """Of the right length, all of one token."""
+
+            num_examples = 1 << 20
+
+            def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+                tokens = np.zeros((len(indices), spec.text.length), np.int64)
+                return tokens, tokens, np.ones(tokens.shape, np.float32)
+
+        network = build_network(spec, Text())
+        shapes: Any = language_shapes(spec)
+    else:
+        noise = None if isinstance(spec.model, StackSpec) else training_batches(spec, _noise(spec))
+        network = build_network(spec, noise)  # of a stack, its own data
+        shapes = streamed_probe.shapes_of(spec, network)
+    return streamed_probe.measure(spec, network, shapes, device_kind, budget_bytes)
+
+
+def _noise(spec: Spec) -> Any:
+    """Images of the right size, so that reading a batch is measured too."""
+    import numpy as np
+
+    from edgetrain.data import Dataset
+
+    class Noise(Dataset):
+        def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            images = np.zeros((len(indices), *self.image_shape), np.uint8)
+            return images, indices % self.num_classes
+
+    channels, height, width = spec.vit.image_shape
+    names = tuple(map(str, range(spec.vit.num_classes)))
+    return Noise("noise", "train", 1 << 20, (channels, height, width), names)
+
+
+def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object]:
+    """The fields of a ``plan.Probe``."""
     import torch
 
     import devices
     from edgetrain.activations import Activations, Keep, Offload, Recompute
-    from edgetrain.data import Dataset
-    from edgetrain.engine import bind, build_modules, warm_up_kernels
+    from edgetrain.blockwise import bind, build_modules
+    from edgetrain.engine import warm_up_kernels
     from edgetrain.models import build_family
     from edgetrain.objectives.base import Block, training_batches
     from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
@@ -37,16 +90,8 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
     from edgetrain.resident import Resident
     from edgetrain.stages import largest_block
 
-    class Noise(Dataset):
-        """Images of the right size, so that reading a batch is measured too."""
-
-        def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            images = np.zeros((len(indices), *self.image_shape), np.uint8)
-            return images, indices % self.num_classes
-
-    model = spec.model
-    channels, height, width = model.image_shape
-    data = Noise("noise", "train", 1 << 20, (channels, height, width), tuple(map(str, range(model.num_classes))))
+    model = spec.vit
+    data = _noise(spec)
     token_bytes = 4 * model.width * model.num_patches
     small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
     # Another phase of the step has the peak once activations outgrow the gradient of a weight: measured beyond that.
@@ -73,7 +118,7 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
                 diffusion_blocks=dataclasses.replace(spec.diffusion_blocks, num_blocks=1),
                 train=dataclasses.replace(spec.train, batch_size=micro_batches[-1], micro_batch=0),
             )
-            resident = Resident(device, largest_block(one, shapes), moments_resident=False)
+            resident = Resident(device, [largest_block(one, shapes)], moments_resident=False)
             block = bind(resident, one, shapes, family, 0)
             for module in (block.codebook, block.stem, *block.layers, block.head):
                 for parameter in module.parameters():

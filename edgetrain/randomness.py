@@ -27,6 +27,10 @@ class Purpose(enum.IntEnum):
     NOISE = 6
     EVALUATION_NOISE = 7
     SPLIT = 8
+    DROPOUT = 9
+    ROUNDING = 10
+    SAMPLING = 11
+    EXAMPLE = 12
 
 
 class Stream(NamedTuple):

@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 
 from devices import Device
 from devices.limits import is_out_of_memory, return_freed_memory
+from edgetrain.blockwise import bind
 from edgetrain.data import Dataset, to_float
-from edgetrain.engine import bind, warm_up_kernels
+from edgetrain.engine import warm_up_kernels
 from edgetrain.models import build_family
+from edgetrain.models.vit import ClassifierNetwork
 from edgetrain.noise import euler_coefficients
 from edgetrain.objectives.base import Block
 from edgetrain.objectives.diffusion_blocks import enter, read_out
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
 from edgetrain.session import Session
-from edgetrain.stages import largest_block
+from edgetrain.stages import Unit, exact_stages, largest_block
 
 CHUNK_BYTES = 2 << 20
 """What is held of all examples that pass a block together, their images included; far more work than a load."""
@@ -83,18 +85,18 @@ class Sampler:
         self.spec = session.spec
         self.family = build_family(self.spec)
         layouts = largest_block(self.spec, session.shapes)
-        self.resident = Resident(device, layouts, moments_resident=False, trains=False)
+        self.resident = Resident(device, [layouts], moments_resident=False, trains=False)
 
     def chunk_examples(self, draws: int) -> int:
         """How many examples ``probabilities`` is to get at once, for ``CHUNK_BYTES``."""
-        model = self.spec.model
+        model = self.spec.vit
         floats = draws * (model.width + 2 * model.num_classes)
         return max(1, CHUNK_BYTES // (4 * floats + math.prod(model.image_shape)))
 
     def warm_up(self) -> None:
         """Touches the buffers and runs every operation once, so that the limit can be drawn around them."""
         self.resident.touch()
-        images = np.zeros((_WARM_UP_EXAMPLES, *self.spec.model.image_shape), np.uint8)
+        images = np.zeros((_WARM_UP_EXAMPLES, *self.spec.vit.image_shape), np.uint8)
         for projection in ("soft", "hard"):
             self.probabilities(images, 0, 1, projection, 1)
         warm_up_kernels(self.device)
@@ -122,12 +124,12 @@ class Sampler:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         spec, n = self.spec, len(images)
         grid = spec.diffusion_blocks.noise.grid(num_steps)
-        z = np.empty((draws, n, spec.model.width), np.float32)  # between two blocks
-        first = np.empty((draws, n, spec.model.num_classes), np.float32)
+        z = np.empty((draws, n, spec.vit.width), np.float32)  # between two blocks
+        first = np.empty((draws, n, spec.vit.num_classes), np.float32)
         last = np.empty_like(first)
         for index in dict.fromkeys(block for _, block in grid):
             block = bind(self.resident, spec, self.session.shapes, self.family, index)
-            self.resident.load(self.session.store)
+            self.resident.load(self.session.store.read)
             steps = [k for k, (_, owner) in enumerate(grid) if owner == index]
             for part in self._batches(n):
                 x = torch.from_numpy(to_float(images[part])).to(self.device.torch_device)
@@ -154,7 +156,7 @@ class Sampler:
         """Where the chain begins, (count, width): at sigma_max, of the norm that a noised row has."""
         stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE, 0, draw)
         scale = np.float32((1 + self.spec.diffusion_blocks.noise.sigma_max**2) ** 0.5)
-        return scale * normal(stream, first_example, count, self.spec.model.width)
+        return scale * normal(stream, first_example, count, self.spec.vit.width)
 
     def _logits(self, block: Block, images: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
         sigmas = torch.full((len(z),), sigma, device=z.device)
@@ -166,3 +168,64 @@ class Sampler:
     def _batches(self, n: int) -> Iterator[slice]:
         for start in range(0, n, self.batch_size):
             yield slice(start, min(start + self.batch_size, n))
+
+
+class Classifier:
+    """A classifier that exact training made: layer by layer, a chunk of examples through each."""
+
+    def __init__(self, session: Session, device: Device, batch_size: int) -> None:
+        self.session, self.device, self.batch_size = session, device, batch_size
+        self.stages = exact_stages(session.spec)
+        self.network = ClassifierNetwork(session.spec, None)
+        units = [[session.layout(stage) for stage in unit.stages] for unit in self.stages.units]
+        self.resident = Resident(device, units, moments_resident=False, trains=False)
+
+    def warm_up(self) -> None:
+        """Touches the buffers and runs every operation once, so that the limit can be drawn around them."""
+        self.resident.touch()
+        self.classes(np.zeros((_WARM_UP_EXAMPLES, *self.session.spec.vit.image_shape), np.uint8))
+        warm_up_kernels(self.device)
+
+    def accuracy(self, dataset: Dataset) -> float:
+        """Top-1 in per cent."""
+        spec = self.session.spec.vit
+        chunk = max(1, CHUNK_BYTES // (4 * spec.width * (spec.num_patches + 1) + math.prod(spec.image_shape)))
+        correct = 0
+        for start in range(0, dataset.num_examples, chunk):
+            images, labels = dataset.read(np.arange(start, min(start + chunk, dataset.num_examples)))
+            correct += int((self.classes(images) == labels).sum())
+        return 100.0 * correct / dataset.num_examples
+
+    def classes(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """The likeliest class of each image. Where memory runs out, batches are half as large from then on."""
+        while True:
+            try:
+                return self._classes(images)
+            except (RuntimeError, MemoryError) as error:
+                if self.batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            return_freed_memory()
+            self.batch_size = (min(self.batch_size, len(images)) + 1) // 2
+
+    @torch.no_grad()
+    def _classes(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
+        parts = [slice(start, start + self.batch_size) for start in range(0, len(images), self.batch_size)]
+        stem = self._load(self.stages.stem)
+        boundaries = [
+            self.network.enter(stem, {"images": torch.from_numpy(to_float(images[part])).to(self.device.torch_device)})
+            for part in parts
+        ]
+        for unit in self.stages.layers:
+            layer = self._load(unit)
+            for i, boundary in enumerate(boundaries):
+                boundaries[i] = self.network.layer(layer, boundary)
+        head = self._load(self.stages.head)
+        found = [self.network.logits(head, boundary).argmax(1).cpu().numpy() for boundary in boundaries]
+        return np.concatenate(found)
+
+    def _load(self, unit: Unit) -> torch.nn.Module:
+        with torch.device("meta"):
+            module = self.network.build(unit.kind)
+        self.resident.bind([(stage, self.session.layout(stage), module) for stage in unit.stages])
+        self.resident.load(self.session.store.read)
+        return module

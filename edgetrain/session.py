@@ -15,11 +15,12 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, takewhile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,17 @@ from edgetrain import __version__
 from edgetrain.errors import DiskError, SessionCorrupt, SessionLocked, UsageError
 from edgetrain.spec import RESUMABLE_KEYS, RESUMABLE_TABLES, Spec, difference, resolve, to_toml
 from edgetrain.stages import Shapes, Stage, frozen, group_of_block, groups
-from edgetrain.store import Store
+from edgetrain.store import External, Place, Store, Transaction
 from edgetrain.store.disk import disk_errors, make_folder, replace_file
 from edgetrain.store.layout import StageLayout, TensorSpec
 
 FORMAT_VERSION = 1
 _MAX_JSON_BYTES = 16 << 20
 
-Initial = Callable[[Stage, TensorSpec], NDArray[np.float32]]
-"""The initial values of one tensor."""
+Initial = Callable[[Stage, TensorSpec], Iterable[NDArray[Any]]]
+"""The initial values of one tensor, in parts that follow each other, of the tensor's type (BF16 as its bits)."""
+
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class BlockProgress:
     """How far a block is: all that resuming it needs. Kept in its group's manifest.
 
     ``skipped`` lists steps whose loss or gradient was not finite, or whose loss was hopeless; ``micro_batches`` lists
-    (from step, size).
+    (from step, size); it is empty until the first plan of a session that was imported.
     """
 
     step: int = 0
@@ -56,6 +59,15 @@ class BlockProgress:
     @property
     def updates(self) -> int:
         return self.step - len(self.skipped)
+
+    @property
+    def micro_batch(self) -> int:
+        """The one in use, 0 before the first plan."""
+        return self.micro_batches[-1][1] if self.micro_batches else 0
+
+    def with_micro_batch(self, micro_batch: int) -> BlockProgress:
+        """From the next step on."""
+        return replace(self, micro_batches=(*self.micro_batches, (self.step, micro_batch)))
 
     @property
     def skipped_in_a_row(self) -> int:
@@ -74,7 +86,7 @@ class BlockProgress:
             loss=state["loss"],
         )
         numbers = [progress.step, *progress.skipped, *chain(*progress.micro_batches)]
-        if any(type(number) is not int or number < 0 for number in numbers) or not progress.micro_batches:
+        if any(type(number) is not int or number < 0 for number in numbers):
             raise TypeError(f"{state}")
         if type(progress.loss) not in (float, type(None)):
             raise TypeError(f"loss {progress.loss!r}")
@@ -84,8 +96,8 @@ class BlockProgress:
 class Session:
     """An existing session. ``create`` makes one, ``open`` finds one; both leave no half-made session behind."""
 
-    def __init__(self, path: Path, spec: Spec, shapes: Shapes, store: Store) -> None:
-        self.path, self.spec, self.shapes, self.store = path, spec, shapes, store
+    def __init__(self, path: Path, spec: Spec, shapes: Shapes, store: Store, external: External) -> None:
+        self.path, self.spec, self.shapes, self.store, self.external = path, spec, shapes, store, external
 
     @classmethod
     def exists(cls, path: Path) -> bool:
@@ -93,9 +105,21 @@ class Session:
 
     @classmethod
     def create(
-        cls, path: Path, spec: Spec, shapes: Shapes, initial: Initial, class_names: Sequence[str] = ()
+        cls,
+        path: Path,
+        spec: Spec,
+        shapes: Shapes,
+        initial: Initial,
+        class_names: Sequence[str] = (),
+        *,
+        external: External = MappingProxyType({}),
+        prepare: Callable[[], None] = lambda: None,
     ) -> Session:
         """Makes the files and commits the initial weights. ``class_names`` are kept for exports.
+
+        Args:
+            external: the frozen stages that stay where they are, by tensor.
+            prepare: puts further files into the folder, before it is a session.
 
         Raises:
             UsageError: the folder holds something else.
@@ -111,15 +135,21 @@ class Session:
                 return cls.open(path)
             for left in ("stages", "groups"):
                 shutil.rmtree(path / left, ignore_errors=True)
-            store = Store.create(path, *_layouts(spec, shapes))
+            store = Store.create(path, *_layouts(spec, shapes, external), external)
+            prepare()
             _write(path / "spec.toml", to_toml(spec))
             with store.lock(groups(spec)):
-                _write_initial(store, spec, shapes, initial)
-            header = {"format": "edgetrain.session", "version": FORMAT_VERSION, "edgetrain": __version__}
-            names = {"class_names": list(class_names)} if class_names else {}
-            _write(path / "session.json", json.dumps({**header, **names, "shapes": shapes}, indent=1))
+                _write_initial(store, spec, shapes, initial, external)
+            header: dict[str, Any] = {
+                "format": "edgetrain.session", "version": FORMAT_VERSION, "edgetrain": __version__, "shapes": shapes,
+            }  # fmt: skip
+            if class_names:
+                header["class_names"] = list(class_names)
+            if external:
+                header["external"] = _external_to_json(external)
+            _write(path / "session.json", json.dumps(header, indent=1))
             marker.unlink()
-        return cls(path, spec, shapes, store)
+        return cls(path, spec, shapes, store, external)
 
     @classmethod
     def open(cls, path: Path) -> Session:
@@ -143,16 +173,17 @@ class Session:
             )
         try:
             spec = resolve(tomllib.loads((path / "spec.toml").read_text()))
-            layouts = _layouts(spec, header["shapes"])
+            external = _external_from_json(header.get("external", {}))
+            layouts = _layouts(spec, header["shapes"], external)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
             raise SessionCorrupt(f"{path}: spec.toml or session.json is damaged: {error}") from error
-        store = Store.open(path, *layouts)
+        store = Store.open(path, *layouts, external)
         if store.uncommitted:
             raise SessionCorrupt(
                 f"{path}: the manifests of {', '.join(store.uncommitted)} are missing",
                 "Copy groups/ and stages/ of a copy of this session back.",
             )
-        return cls(path, spec, header["shapes"], store)
+        return cls(path, spec, header["shapes"], store, external)
 
     def check_change(self, spec: Spec) -> None:
         """Whether the spec may be replaced: the difference must be one that a session survives.
@@ -194,6 +225,15 @@ class Session:
         except (KeyError, TypeError, ValueError) as error:
             raise SessionCorrupt(f"{self.path}: the manifest of block {block} holds no progress: {error}") from error
 
+    def layout(self, stage: Stage) -> StageLayout:
+        """How a stage is stored."""
+        return _frozen_layout(stage, self.shapes, self.external)
+
+    @property
+    def model_files(self) -> Path:
+        """The folder with the configuration and the tokenizer of an imported model."""
+        return self.path / "model"
+
     def group_state(self, block: int, progress: BlockProgress) -> dict[str, Any]:
         """The state of the block's group with ``progress`` in place of what is committed of it."""
         group = group_of_block(self.spec, block)
@@ -228,36 +268,79 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _layouts(spec: Spec, shapes: Shapes) -> tuple[dict[str, list[StageLayout]], list[StageLayout]]:
+def _layouts(spec: Spec, shapes: Shapes, external: External) -> tuple[dict[str, list[StageLayout]], list[StageLayout]]:
     trained = {group: [stage.layout(shapes) for stage in members] for group, members in groups(spec).items()}
-    return trained, [stage.layout(shapes) for stage in frozen(spec)]
+    return trained, [_frozen_layout(stage, shapes, external) for stage in frozen(spec)]
 
 
-def _write_initial(store: Store, spec: Spec, shapes: Shapes, initial: Initial) -> None:
+def _frozen_layout(stage: Stage, shapes: Shapes, external: External) -> StageLayout:
+    """Tensors that stay where they are keep the type that they have there."""
+    layout = stage.layout(shapes)
+    places = external.get(stage.name)
+    if places is None or stage.trained:
+        return layout
+    tensors = tuple(replace(tensor, dtype=places[tensor.name].dtype) for tensor in layout.tensors)
+    return replace(layout, tensors=tensors)
+
+
+def _external_to_json(external: External) -> dict[str, Any]:
+    return {
+        stage: {name: [str(place.path), place.position, place.dtype] for name, place in places.items()}
+        for stage, places in external.items()
+    }
+
+
+def _external_from_json(value: Mapping[str, Any]) -> External:
+    """ValueError, TypeError or AttributeError if it is none."""
+    found = {
+        stage: {name: Place(Path(path), position, dtype) for name, (path, position, dtype) in places.items()}
+        for stage, places in value.items()
+    }
+    for place in (place for places in found.values() for place in places.values()):
+        if type(place.position) is not int or place.position < 0:
+            raise ValueError(f"position {place.position!r}")
+    return found
+
+
+def _write_initial(store: Store, spec: Spec, shapes: Shapes, initial: Initial, external: External) -> None:
     for stage in frozen(spec):
-        store.write_frozen(stage.name, _section(stage, shapes, "frozen", initial).data)
-    micro_batches = ((0, spec.train.micro_batch),)
+        layout = _frozen_layout(stage, shapes, external)
+        store.write_frozen(stage.name, _section(stage, layout, "frozen", initial))
+    fresh = BlockProgress()
+    if spec.train.micro_batch:
+        fresh = fresh.with_micro_batch(spec.train.micro_batch)
     for group, members in groups(spec).items():
         transaction = store.transaction(group)
         for stage in members:
-            weights = _section(stage, shapes, "weight", initial)
-            transaction.write(stage.name, "weight", weights.data)
-            weights[:] = 0
+            layout = stage.layout(shapes)
+            _write_parts(transaction, stage, "weight", _section(stage, layout, "weight", initial))
             for role in ("m", "v"):
-                transaction.write(stage.name, role, weights.data)
+                _write_parts(transaction, stage, role, _zeros(layout.section_bytes(role)))
         blocks = [block for block in range(spec.num_blocks) if group_of_block(spec, block) == group]
-        fresh = asdict(BlockProgress(micro_batches=micro_batches))
-        transaction.commit({"blocks": {str(block): fresh for block in blocks}})
+        transaction.commit({"blocks": {str(block): asdict(fresh) for block in blocks}})
 
 
-def _section(stage: Stage, shapes: Shapes, role: str, initial: Initial) -> NDArray[np.uint8]:
-    """The bytes of a stage's section with its initial values."""
-    layout = stage.layout(shapes)
-    section = np.zeros(layout.section_bytes(role), np.uint8)
+def _write_parts(transaction: Transaction, stage: Stage, role: str, parts: Iterable[memoryview]) -> None:
+    done = 0
+    for part in parts:
+        transaction.write(stage.name, role, part, done)
+        done += len(part)
+
+
+def _section(stage: Stage, layout: StageLayout, role: str, initial: Initial) -> Iterator[memoryview]:
+    """The bytes of a stage's section with its initial values, in order; padding is zeros."""
+    done = 0
     for tensor in layout.tensors:
-        start = layout.offset(role, tensor.name)
-        section[start : start + tensor.nbytes].view(np.float32)[:] = initial(stage, tensor).reshape(-1)
-    return section
+        yield from _zeros(layout.offset(role, tensor.name) - done)
+        for part in initial(stage, tensor):
+            yield np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        done = layout.offset(role, tensor.name) + tensor.nbytes
+    yield from _zeros(layout.section_bytes(role) - done)
+
+
+def _zeros(num_bytes: int) -> Iterator[memoryview]:
+    for done in range(0, num_bytes, len(_ZEROS)):
+        yield _ZEROS[: num_bytes - done]
 
 
 def _write(path: Path, text: str) -> None:

@@ -60,6 +60,96 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class LanguageModelSpec:
+    """A causal language model, as ``checkpoint.read_config`` finds it in a Hugging Face folder.
+
+    ``architecture`` is the class that transformers calls it; Llama, Mistral, Qwen2 and Qwen3 are one family, told
+    apart by ``qkv_bias``, ``out_bias``, ``mlp_bias``, ``qk_norm`` and ``sliding_window`` (0: none). ``tied``: the
+    embedding is the output matrix too. The ``rope_`` fields with ``rope_scaling`` "linear" use ``rope_factor`` alone,
+    with "llama3" all of them; gpt2 has learned positions and uses none.
+    """
+
+    family: Literal["llama", "gpt2"] = "llama"
+    architecture: Literal[
+        "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel"
+    ] = "LlamaForCausalLM"
+    vocab_size: int = 0
+    width: int = 64
+    depth: int = 2
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 16
+    mlp_width: int = 256
+    max_length: int = 2048
+    norm_eps: float = 1e-5
+    activation: Literal["silu", "gelu_new", "gelu"] = "silu"
+    tied: bool = True
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int = 0
+    rope_theta: float = 10000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_width", "max_length"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
+        _require(self.heads % self.kv_heads == 0, f"{self.heads} attention heads cannot share {self.kv_heads} of keys")
+        _require(
+            self.family == "llama" or self.heads * self.head_dim == self.width,
+            f"model.width {self.width} is not {self.heads} heads of {self.head_dim}",
+        )
+        _require(self.head_dim % 2 == 0, f"model.head_dim {self.head_dim} is odd: rotary positions need pairs")
+        _require(self.sliding_window >= 0, f"model.sliding_window {self.sliding_window} is negative")
+        for name in ("norm_eps", "rope_theta", "rope_factor"):
+            _require(getattr(self, name) > 0, f"model.{name} must be positive")
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """Text to train a language model on, tokenised once.
+
+    ``length`` is that of a training example in tokens. ``packing``: documents follow each other, an end-of-text token
+    between, and are cut into examples; without it each document is an example of its own, padded. ``held_out`` is the
+    part of the documents that is kept for ``evaluate``.
+    """
+
+    source: str = ""
+    length: int = 256
+    packing: bool = True
+    held_out: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require(self.length >= 1, f"data.length must be at least 1 token, it is {self.length}")
+        _require(0 <= self.held_out < 1, f"data.held_out must be at least 0 and below 1, it is {self.held_out}")
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """A model of somebody's own: ``depth`` blocks, and a stem and a head that have parameters or not."""
+
+    family: Literal["stack"] = "stack"
+    depth: int = 1
+    stem: bool = True
+    head: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.depth >= 1, f"model.depth must be at least 1, it is {self.depth}")
+
+
+@dataclass(frozen=True)
+class StackDataSpec:
+    """``source`` is the FILE.py:FUNCTION that builds the model and gives its data."""
+
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class DataSpec:
     """Where the examples come from, and how training images are varied."""
 
@@ -128,7 +218,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """AdamW with decoupled decay, linear warm-up, cosine to ``final_lr`` times the peak."""
+    """AdamW with decoupled decay, linear warm-up, then cosine or linear to ``final_lr`` times the peak, or constant.
+
+    ``clip`` bounds a gradient norm. ``clip_over`` "layer": of each layer alone (diffusion_blocks: of each block);
+    "global": of the whole model, whose gradients then wait on disk until the last is known (exact).
+    """
 
     lr: float = 1e-3
     beta1: float = 0.9
@@ -136,6 +230,8 @@ class OptimizerSpec:
     eps: float = 1e-8
     weight_decay: float = 0.05
     clip: float = 1.0
+    clip_over: Literal["layer", "global"] = "layer"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.05
     final_lr: float = 0.02
 
@@ -151,8 +247,12 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """How long, in what pieces. ``steps`` is the total for each block; ``micro_batch = 0`` is chosen at creation."""
+    """By what objective, how long, in what pieces.
 
+    ``steps`` is the total for each block (exact: of the model); ``micro_batch = 0`` is chosen by the first plan.
+    """
+
+    objective: Literal["diffusion_blocks", "exact"] = "diffusion_blocks"
     steps: int = 1000
     batch_size: int = 64
     micro_batch: int = 0
@@ -171,26 +271,103 @@ class TrainSpec:
 
 
 @dataclass(frozen=True)
+class ExactSpec:
+    """What the exact objective trains of a model.
+
+    ``train`` "all": every parameter, but for the token embedding (and an output matrix tied to it) without
+    ``embedding``; "last": those of the last ``last_layers`` layers and of the head (of a language model, the final
+    norm); "lora": low-rank adapters (Hu et al., arXiv 2106.09685) of the linear maps that ``targets`` name (none: those
+    of queries and values). ``weights``: how trained weights are stored, "bf16" with stochastic rounding; moments and
+    computation are fp32.
+    """
+
+    train: Literal["all", "last", "lora"] = "all"
+    last_layers: int = 1
+    embedding: bool = True
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    weights: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("last_layers", "rank"):
+            _require(getattr(self, name) >= 1, f"exact.{name} must be at least 1, it is {getattr(self, name)}")
+        _require(0 < self.alpha < math.inf, f"exact.alpha must be positive, it is {self.alpha}")
+        _require(0 <= self.dropout < 1, f"exact.dropout must be at least 0 and below 1, it is {self.dropout}")
+
+
+@dataclass(frozen=True)
 class Spec:
     """Everything that decides a number of the training. Memory choices are no part of it, save the micro-batch."""
 
-    data: DataSpec = field(default_factory=DataSpec)
-    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec | TextSpec | StackDataSpec = field(default_factory=DataSpec)
+    model: ModelSpec | LanguageModelSpec | StackSpec = field(default_factory=ModelSpec)
     diffusion_blocks: DiffusionBlocksSpec = field(default_factory=DiffusionBlocksSpec)
+    exact: ExactSpec = field(default_factory=ExactSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
     train: TrainSpec = field(default_factory=TrainSpec)
 
     def __post_init__(self) -> None:
-        blocks, depth = self.diffusion_blocks.num_blocks, self.model.depth
-        _require(blocks <= depth, f"{blocks} blocks cannot be cut from {depth} layers", "Lower num_blocks.")
+        depth = self.model.depth
+        if self.is_exact:
+            _require(
+                self.exact.last_layers <= depth or self.exact.train != "last",
+                f"exact.last_layers is {self.exact.last_layers}, and the model has {depth} layers",
+            )
+            _require(
+                self.exact.train != "lora" or isinstance(self.model, LanguageModelSpec),
+                f"LoRA is there for language models, not for {self.model.family!r}",
+                "Set exact.train to all or last.",
+            )
+        else:
+            blocks = self.diffusion_blocks.num_blocks
+            _require(
+                isinstance(self.model, ModelSpec),
+                f"{self.model.family!r} is trained by the exact objective",
+                'Set train.objective to "exact".',
+            )
+            _require(blocks <= depth, f"{blocks} blocks cannot be cut from {depth} layers", "Lower num_blocks.")
+        if isinstance(self.model, LanguageModelSpec) and isinstance(self.data, TextSpec):
+            _require(
+                self.data.length <= self.model.max_length,
+                f"data.length is {self.data.length} tokens, and the model takes at most {self.model.max_length}",
+                "Lower data.length.",
+            )
+
+    @property
+    def is_exact(self) -> bool:
+        return self.train.objective == "exact"
+
+    @property
+    def vit(self) -> ModelSpec:
+        """The model, of the family that diffusion_blocks trains and that data of images decides."""
+        assert isinstance(self.model, ModelSpec)
+        return self.model
+
+    @property
+    def images(self) -> DataSpec:
+        assert isinstance(self.data, DataSpec)
+        return self.data
+
+    @property
+    def language(self) -> LanguageModelSpec:
+        assert isinstance(self.model, LanguageModelSpec)
+        return self.model
+
+    @property
+    def text(self) -> TextSpec:
+        assert isinstance(self.data, TextSpec)
+        return self.data
 
     @property
     def num_blocks(self) -> int:
-        return self.diffusion_blocks.num_blocks
+        """How many parts are trained apart from each other: with exact gradients, one."""
+        return 1 if self.is_exact else self.diffusion_blocks.num_blocks
 
     @property
     def sigma_data(self) -> float:
-        return self.diffusion_blocks.sigma_data or self.model.width**-0.5
+        return self.diffusion_blocks.sigma_data or self.vit.width**-0.5
 
     def layers_of(self, block: int) -> range:
         """The layers of ``block``: consecutive, the earlier blocks one longer where it does not divide."""
@@ -201,10 +378,19 @@ class Spec:
 
 Changes = Mapping[str, Any]
 _TABLES = {f.name: typing.get_type_hints(Spec)[f.name] for f in dataclasses.fields(Spec)}
+# By model.family, what its tables [model] and [data] are.
+_FAMILIES: dict[str, tuple[type, type]] = {
+    "vit": (ModelSpec, DataSpec),
+    "llama": (LanguageModelSpec, TextSpec),
+    "gpt2": (LanguageModelSpec, TextSpec),
+    "stack": (StackSpec, StackDataSpec),
+}
 
 # What may be changed on a session that exists: nothing in it decides a shape or what has been drawn before.
 RESUMABLE_TABLES = ("optimizer",)
-RESUMABLE_KEYS = ("train.steps", "train.visit_steps", "train.order", "data.source")
+RESUMABLE_KEYS = (
+    "train.steps", "train.visit_steps", "train.order", "data.source", "data.length", "data.packing", "data.held_out",
+)  # fmt: skip
 
 
 def resolve(recipe: Mapping[str, Any], changes: Changes | None = None) -> Spec:
@@ -229,7 +415,11 @@ def resolve(recipe: Mapping[str, Any], changes: Changes | None = None) -> Spec:
         _require(isinstance(preset, str), f"diffusion_blocks.preset is {preset!r}, which is no name")
         _known(preset, PRESETS, "preset")
         merged["diffusion_blocks"] = {**PRESETS[preset], **written}
-    return Spec(**{table: _build(_TABLES[table], table, merged.get(table, {})) for table in _TABLES})
+    family = merged.get("model", {}).get("family", "vit")
+    _require(isinstance(family, str), f"model.family is {family!r}, which is no name")
+    _known(family, _FAMILIES, "model.family")
+    classes = {**_TABLES, **dict(zip(("model", "data"), _FAMILIES[family], strict=True))}
+    return Spec(**{table: _build(classes[table], table, merged.get(table, {})) for table in classes})
 
 
 def _known(name: str, names: Mapping[str, Any], what: str) -> None:
@@ -254,6 +444,10 @@ def _checked(dotted: str, value: Any, hint: Any) -> Any:
         fits = any(type(value) is type(choice) and value == choice for choice in choices)
         _require(fits, f"{dotted} is {value!r}", f"It must be one of {', '.join(map(repr, choices))}.")
         return value
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str:
+        good = isinstance(value, (list, tuple)) and all(type(item) is str and item for item in value)
+        _require(good, f"{dotted} is {value!r}", "It must be a list of names.")
+        return tuple(value)
     if typing.get_origin(hint) is tuple:
         good = isinstance(value, (list, tuple)) and all(type(item) is int and item > 0 for item in value)
         _require(good and len(value) in (0, 3), f"{dotted} is {value!r}", "It must be [channels, height, width].")
@@ -299,6 +493,12 @@ def load_recipe(name_or_path: str) -> dict[str, Any]:
         raise UsageError(
             f"the recipe {name_or_path} cannot be read: {error}", f"Built in: {', '.join(builtin)}."
         ) from error
+
+
+def needs_import(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe says how to train a model that comes from elsewhere."""
+    train = recipe.get("train", {})
+    return isinstance(train, Mapping) and train.get("objective") == "exact" and "model" not in recipe
 
 
 def to_toml(spec: Spec) -> str:

@@ -6,15 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from devices import meter
-from edgetrain.data import Dataset
-from edgetrain.plan import Plan, Probe
+from edgetrain.plan import Choice, Plan, Probe
 from edgetrain.session import Session
-from edgetrain.spec import Spec
+from edgetrain.spec import LanguageModelSpec, ModelSpec, Spec, StackSpec
 from edgetrain.stages import Stage, group_of_block
 from edgetrain.store.layout import TensorSpec
+from edgetrain.streamed_plan import StreamedProbe
+
+if TYPE_CHECKING:
+    from devices import Device
+    from edgetrain.engine import Trainer
 
 _LOG_EVERY_S = 1.0
 _OWN_STEP_BYTES = 1 << 20
@@ -22,14 +26,15 @@ _OWN_STEP_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Report:
-    """What the display shows after a step."""
+    """What the display shows after a step; ``rate`` counts ``unit`` a second."""
 
     block: int
     visit: int
     step: int
     steps: int
     loss: float | None
-    images_per_s: float
+    rate: float
+    unit: str
     done_steps: int
     all_steps: int
     eta_s: float
@@ -43,6 +48,8 @@ def next_visit(spec: Spec, steps_done: Sequence[int], blocks: Sequence[int]) -> 
     A block in the midst of a visit goes on first; then the block with the fewest visits, in the spec's order of sigma.
     """
     length, total = spec.train.visit_steps, spec.train.steps
+    if spec.is_exact:  # commits divide it, and need no visit of their own
+        return (0, total - steps_done[0]) if steps_done[0] < total else None
     order = sorted(blocks, reverse=spec.train.order == "ascending")  # block 0 owns the highest band
     left = [block for block in order if steps_done[block] < total]
     if not left:
@@ -51,33 +58,73 @@ def next_visit(spec: Spec, steps_done: Sequence[int], blocks: Sequence[int]) -> 
     return block, min(length - steps_done[block] % length, total - steps_done[block])
 
 
-def create(path: Path, spec: Spec, probe: Probe, class_names: Sequence[str] = ()) -> Session:
-    """A new session with its initial weights: a pure function of the spec."""
+def create(
+    path: Path, spec: Spec, probe: Probe | StreamedProbe, class_names: Sequence[str] = (), dataset: Any = None
+) -> Session:
+    """A new session with its initial weights: a pure function of the spec, and of a stack's own initialisation.
+
+    ``dataset``: a stack that is no function in a file.
+    """
     import numpy as np
 
-    from edgetrain.models import build_family
+    from edgetrain.models import build_family, build_network
     from edgetrain.objectives.diffusion_blocks import codebook_rows
     from edgetrain.randomness import Purpose, Stream, normal
 
-    family = build_family(spec)
+    if isinstance(spec.model, StackSpec):
+        from edgetrain.models.stack import StackNetwork
 
-    def initial(stage: Stage, tensor: TensorSpec) -> Any:
+        stack = StackNetwork(spec, dataset)
+        return Session.create(path, spec, stack.shapes, stack.initial, class_names)
+    made = build_network(spec, None) if spec.is_exact else build_family(spec)
+
+    def initial(stage: Stage, tensor: TensorSpec) -> list[Any]:
         names = sorted(probe.shapes[stage.kind])
         purpose = Purpose.CODEBOOK if stage.kind == "codebook" else Purpose.INIT
         stream = Stream(spec.train.seed, purpose, stage.index, names.index(tensor.name))
         normals = normal(stream, 0, 1, int(np.prod(tensor.shape))).reshape(tensor.shape)
-        return (
-            codebook_rows(normals) if stage.kind == "codebook" else family.initialise(stage.kind, tensor.name, normals)
-        )
+        if stage.kind == "codebook":
+            return [codebook_rows(normals)]
+        return [made.initialise(stage.kind, tensor.name, normals)]
 
     return Session.create(path, spec, probe.shapes, initial, class_names)
+
+
+def _trainer(session: Session, device: Device, plan: Plan, dataset: Any) -> Trainer:
+    """The trainer of the session's objective, as planned."""
+    from edgetrain.objectives.base import training_batches
+
+    spec = session.spec
+    if isinstance(plan.choice, Choice):
+        from edgetrain.blockwise import BlockTrainer
+        from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+
+        return BlockTrainer(session, device, plan.choice, DiffusionBlocks(spec, training_batches(spec, dataset)))
+    from edgetrain.models import build_network
+    from edgetrain.streamed import StreamedTrainer
+
+    data = training_batches(spec, dataset) if isinstance(spec.model, ModelSpec) else dataset
+    network = build_network(spec, data)
+    if isinstance(spec.model, StackSpec):
+        from edgetrain.models.stack import StackNetwork, check_shapes
+
+        assert isinstance(network, StackNetwork)
+        check_shapes(session.shapes, network, str(session.path))
+    return StreamedTrainer(session, device, plan.choice, network)
+
+
+def _unit(spec: Spec) -> tuple[str, int]:
+    """What a rate counts, and how many of it an example has."""
+    if isinstance(spec.model, LanguageModelSpec):
+        return "tokens", spec.text.length
+    return ("images" if isinstance(spec.model, ModelSpec) else "examples"), 1
 
 
 def train(
     session: Session,
     spec: Spec,
     plan: Plan,
-    dataset: Dataset,
+    dataset: Any,
     device_kind: str,
     *,
     visits: int | None,
@@ -95,8 +142,6 @@ def train(
     import devices
     from edgetrain.engine import Engine, Step
     from edgetrain.governor import Governor
-    from edgetrain.objectives.base import training_batches
-    from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
 
     began = time.monotonic()
     store = session.store
@@ -104,20 +149,22 @@ def train(
         session.change(spec)
         session.write_plan(plan.to_json())
         device = devices.open_device(device_kind, session.scratch)
-        engine = Engine(session, device, plan.choice, DiffusionBlocks(spec, training_batches(spec, dataset)))
+        trainer = _trainer(session, device, plan, dataset)
+        engine = Engine(session, trainer, plan.choice.micro_batch, spec.train.visit_steps if spec.is_exact else None)
         engine.warm_up()
         governor = Governor(plan.budget_bytes)
         done = {block: session.progress(block) for block in range(spec.num_blocks)}
         start = sum(done[block].step for block in blocks)
         all_steps = spec.train.steps * len(blocks)
         made, last_log = 0, 0.0
+        unit, per_example = _unit(spec)
 
         def on_step(step: Step) -> None:
             nonlocal last_log
             now = time.monotonic()
             done_steps = sum(done[b].step for b in blocks if b != step.block) + step.step + 1
             rate = (done_steps - start) / (now - began)
-            images_per_s = spec.train.batch_size / step.seconds
+            rate_now = spec.train.batch_size * per_example / max(step.seconds, 1e-9)
             on_report(
                 Report(
                     step.block,
@@ -125,7 +172,8 @@ def train(
                     step.step + 1,
                     spec.train.steps,
                     step.loss,
-                    images_per_s,
+                    rate_now,
+                    unit,
                     done_steps,
                     all_steps,
                     (all_steps - done_steps) / rate,
@@ -138,7 +186,7 @@ def train(
                 session.log({
                     "time": time.time(), "block": step.block, "step": step.step, "loss": step.loss, "lr": step.lr,
                     "gradient_norm": step.gradient_norm if step.loss is not None else None,
-                    "images_per_s": images_per_s,
+                    f"{unit}_per_s": rate_now,
                 })  # fmt: skip
 
         def stopping() -> bool:
@@ -151,11 +199,13 @@ def train(
                 if following is None:
                     break
                 block, num_steps = following
+                if spec.is_exact and visits is not None:
+                    num_steps = min(num_steps, visits * spec.train.visit_steps)
                 steps_done[block] += num_steps
                 if (after := next_visit(spec, steps_done, blocks)) is not None:
-                    engine.prefetch(after[0])
+                    trainer.prefetch(after[0])
                 done[block] = engine.visit(block, num_steps, on_step, stopping)
-                made += 1
+                made += visits or 1 if spec.is_exact else 1
             store.flush()
     if governor.exceeded or meter.usage().peak_bytes > plan.budget_bytes:
         governor.check()
@@ -174,9 +224,9 @@ def train(
         "bytes_read": store.bytes_read,
         "bytes_written": store.bytes_written,
         "seconds": time.monotonic() - began,
-        "retries": engine.retries,
-        "offloaded_bytes": engine.activations.offloaded_bytes,
-        "activations": type(engine.activations).__name__.lower(),
-        "micro_batch": done[blocks[0]].micro_batches[-1][1],
+        "retries": trainer.retries,
+        "offloaded_bytes": trainer.offloaded_bytes,
+        "activations": trainer.policy,
+        "micro_batch": done[blocks[0]].micro_batch,
         "digest": store.digest(),
     }

@@ -38,6 +38,11 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def format_seconds(seconds: float) -> str:
+    """``0.0123`` -> ``"12.3 ms"``; ``12.3`` -> ``"12.3 s"``."""
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
 def format_duration(seconds: float) -> str:
     """``3725`` -> ``"1:02:05"``; ``59.6`` -> ``"1:00"``."""
     minutes, rest = divmod(round(seconds), 60)

@@ -143,9 +143,9 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
         digest=digest,
         seed=spec.train.seed,
         single_file=single_file,
-        image_shape=cast("tuple[int, int, int]", spec.model.image_shape),
+        image_shape=cast("tuple[int, int, int]", spec.vit.image_shape),
         class_names=_class_names(session),
-        width=spec.model.width,
+        width=spec.vit.width,
         schedule=spec.diffusion_blocks.noise,
         files=files,
     ).write(folder)
@@ -208,7 +208,7 @@ def _check(path: Path) -> None:
 
 def _class_names(session: Session) -> tuple[str, ...]:
     """The names that the session keeps; numbers where it has none."""
-    numbers = [str(number) for number in range(session.spec.model.num_classes)]
+    numbers = [str(number) for number in range(session.spec.vit.num_classes)]
     path = session.path / "session.json"
     names = read_json(path).get("class_names", numbers)
     if not isinstance(names, list) or len(names) != len(numbers) or not all(isinstance(name, str) for name in names):

@@ -99,12 +99,12 @@ class Model:
 
         match stage.kind:
             case "codebook":
-                return Codebook(self._session.spec.model.num_classes, self._session.spec.model.width)
+                return Codebook(self._session.spec.vit.num_classes, self._session.spec.vit.width)
             case "stem":
                 return self._family.build_stem()
             case "layer":
                 return self._family.build_layer()
-            case "head":
+            case _:
                 return self._family.build_head()
 
 
@@ -141,7 +141,7 @@ def _warm_up(spec: Spec) -> None:
     from edgetrain.models import build_family
     from edgetrain.objectives.diffusion_blocks import enter, read_out
 
-    small = replace(spec, model=replace(spec.model, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2))
+    small = replace(spec, model=replace(spec.vit, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2))
     family = build_family(small)
     with torch.inference_mode():
         z, sigma = torch.ones(2, 8), torch.ones(2)

@@ -13,7 +13,7 @@ from edgetrain.training import Report
 from tests.exporters.common import run_python
 
 PLAN: Any = SimpleNamespace(budget_bytes=300 << 20)
-REPORT = Report(1, 2, 30, 400, 0.5, 123.4, 30, 800, 60.0, 1 << 20, 2 << 20)
+REPORT = Report(1, 2, 30, 400, 0.5, 123.4, "images", 30, 800, 60.0, 1 << 20, 2 << 20)
 
 
 @pytest.fixture

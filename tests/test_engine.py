@@ -21,8 +21,9 @@ import torch
 import devices
 from edgetrain import engine as engine_module
 from edgetrain.activations import Keep
+from edgetrain.blockwise import BlockTrainer, build_modules
 from edgetrain.data import Dataset, open_dataset, to_float
-from edgetrain.engine import Engine, build_modules
+from edgetrain.engine import Engine
 from edgetrain.errors import SessionCorrupt, SessionLocked, TrainingDiverged, UsageError
 from edgetrain.models import build_family
 from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
@@ -84,7 +85,7 @@ def train_on(
 ) -> Done:
     """Goes on with the session in ``path``, opened anew; ``stop_after`` optimizer steps it is interrupted."""
     session = Session.open(path)
-    plan = Plan(PLENTY_BYTES, 0, 0, {}, choice, 0.0, 0, 0, 1)
+    plan = Plan(PLENTY_BYTES, 0, 0, {}, choice, 0.0, 0, 0, 0, 1)
     visited: list[tuple[int, int]] = []
     summary = train(
         session, session.spec, plan, dataset, device, visits=visits,
@@ -386,9 +387,9 @@ def run_engine(session: Session, batches: Any, block: int, num_steps: int, choic
     """One visit."""
     steps: list[Any] = []
     with session.store.lock([group_of_block(session.spec, block)]):
-        engine = Engine(
-            session, devices.open_device("cpu", session.scratch), choice, DiffusionBlocks(session.spec, batches)
-        )
+        device = devices.open_device("cpu", session.scratch)
+        trainer = BlockTrainer(session, device, choice, DiffusionBlocks(session.spec, batches))
+        engine = Engine(session, trainer, choice.micro_batch)
         engine.warm_up()
         engine.visit(block, num_steps, steps.append)
         session.store.flush()
@@ -640,7 +641,8 @@ def run(name, kind, room_bytes=None):
     device = t.devices.open_device("cpu", session.scratch)
     with session.store.lock(["block00"]):
         objective = t.DiffusionBlocks(spec, t.batches_of(spec, digits))
-        engine = t.Engine(session, device, t.Choice(192, kind, True), objective)
+        trainer = t.BlockTrainer(session, device, t.Choice(192, kind, True), objective)
+        engine = t.Engine(session, trainer, 192)
         engine.warm_up()
         if room_bytes is not None:
             limits.set_data_limit(meter.usage().data_bytes + room_bytes)
@@ -651,8 +653,8 @@ def run(name, kind, room_bytes=None):
         finally:
             limits.lift_data_limit()
     session = t.Session.open(folder / name)
-    return {"digest": session.store.verify().digest, "retries": engine.retries, "steps": len(steps),
-            "kind": type(engine.activations).__name__, "micro_batches": session.progress(0).micro_batches,
+    return {"digest": session.store.verify().digest, "retries": trainer.retries, "steps": len(steps),
+            "kind": type(trainer.activations).__name__, "micro_batches": session.progress(0).micro_batches,
             "losses": [step.loss for step in steps]}
 
 """
@@ -700,7 +702,7 @@ def once_halved():  # asked before each step
         limits.lift_data_limit()
     return False
 
-plan = t.Plan(t.PLENTY_BYTES, 0, 0, {}, t.Choice(192, "recompute", True), 0.0, 0, 0, 1)
+plan = t.Plan(t.PLENTY_BYTES, 0, 0, {}, t.Choice(192, "recompute", True), 0.0, 0, 0, 0, 1)
 t.train(session, spec, plan, digits, "cpu", visits=None, blocks=[0], on_report=on_report, stop=once_halved)
 """
 

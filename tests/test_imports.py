@@ -10,17 +10,40 @@ import pytest
 from tests.devices.subprocesses import run_python
 
 ROOT = Path(__file__).parents[1]
-NO_TORCH = ("store", "noise", "randomness", "data", "spec", "errors", "units", "stages", "pieces", "plan", "session")
+NO_TORCH = (
+    "store",
+    "noise",
+    "randomness",
+    "data",
+    "spec",
+    "errors",
+    "units",
+    "stages",
+    "pieces",
+    "plan",
+    "session",
+    "architectures",
+    "adapters",
+    "checkpoint",
+    "generation",
+    "importing",
+    "planning",
+    "streamed_plan",
+)
 # From the bottom up: a module imports from its own layer and from those before it.
 LAYERS = (
     ("", "errors", "units"),
     ("noise", "randomness", "store", "data"),
     ("spec",),
-    ("stages", "pieces"),
-    ("models", "optim", "activations", "resident", "objectives"),
+    ("architectures", "checkpoint", "stages", "pieces"),
+    ("adapters", "generation"),
     ("plan", "governor", "session"),
-    ("engine", "probe"),
-    ("sampling", "training"),
+    ("importing", "streamed_plan", "planning"),
+    ("models", "optim", "activations", "resident", "boundaries", "table", "objectives"),
+    ("engine",),
+    ("blockwise", "streamed"),
+    ("streamed_probe", "probe"),
+    ("sampling", "training", "inference"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

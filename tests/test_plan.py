@@ -113,22 +113,29 @@ def test_streamed_moments_are_written_at_every_step():
     tight = (250 + 1 + 10 + 2) * MIB + 2 * weights + 8 * MIB  # room for the slices of 4 MiB each, not for the moments
     streamed = make_plan(spec_of(), Probe.from_json(measured()), tight, 1)
     assert not streamed.choice.moments_resident
-    assert resident.visit_written_bytes == 3 * weights
-    assert streamed.visit_written_bytes == (1 + 2 * 10) * weights
+    assert resident.written_bytes_per_step == 3 * weights // 10
+    assert streamed.written_bytes_per_step == (1 + 2 * 10) * weights // 10
 
 
 def test_the_cache_tells_measurements_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     spec = spec_of()
-    assert saved_probe(spec, "cpu", 2, 300 * MIB) is None
+    assert saved_probe(spec, "cpu", 2) is None
     save_probe(spec, "cpu", 2, measured(budget_bytes=300 * MIB))
-    assert saved_probe(spec, "cpu", 2, 300 * MIB) is not None
-    assert saved_probe(spec, "cpu", 2, 301 * MIB) is None, "more may fit by now"
-    assert saved_probe(spec, "cpu", 1, 300 * MIB) is None
+    found = saved_probe(spec, "cpu", 2)
+    assert found is not None
+    probe = Probe.from_json(found)
+    assert probe.covers(300 * MIB)
+    assert not probe.covers(301 * MIB), "more may fit by now"
+    assert saved_probe(spec, "cpu", 1) is None
     deeper = replace(spec, model=replace(spec.model, depth=8), data=replace(spec.data, source="/elsewhere"))
-    assert saved_probe(deeper, "cpu", 2, 300 * MIB) is not None
-    for other in (spec_of(model__width=32), spec_of(train__micro_batch=8), spec_of(data__shift=2)):
-        assert saved_probe(other, "cpu", 2, 300 * MIB) is None
+    assert saved_probe(deeper, "cpu", 2) is not None
+    others = (
+        spec_of(model__width=32), spec_of(train__micro_batch=8), spec_of(data__shift=2),
+        spec_of(train__objective="exact"),
+    )  # fmt: skip
+    for other in others:
+        assert saved_probe(other, "cpu", 2) is None
     for path in (tmp_path / "edgetrain").iterdir():
         path.write_text("{")
-    assert saved_probe(spec, "cpu", 2, 300 * MIB) is None
+    assert saved_probe(spec, "cpu", 2) is None

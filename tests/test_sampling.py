@@ -13,8 +13,8 @@ from torch import Tensor
 
 import devices
 from edgetrain import sampling
+from edgetrain.blockwise import build_modules
 from edgetrain.data import Dataset, to_float
-from edgetrain.engine import build_modules
 from edgetrain.models import build_family
 from edgetrain.objectives.base import Block
 from edgetrain.randomness import Purpose, Stream, normal

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from edgetrain.activations import Keep
+from edgetrain.blockwise import build_modules
 from edgetrain.data import Dataset, to_float
-from edgetrain.engine import build_modules
 from edgetrain.models import build_family
 from edgetrain.models.base import Boundary
 from edgetrain.models.vit import ViTLayer

@@ -43,7 +43,7 @@ class Display:
         loss = "skipped" if report.loss is None else f"{report.loss:.4f}"
         self._draw(
             f"block {report.block}  visit {report.visit}  step {report.step}/{report.steps}  loss {loss}  "
-            f"{report.images_per_s:.0f} images/s  ETA {format_duration(report.eta_s)}  "
+            f"{report.rate:.0f} {report.unit}/s  ETA {format_duration(report.eta_s)}  "
             f"{format_bytes(resident_bytes_fast()[0])} of {format_bytes(self._plan.budget_bytes)}  "
             f"read {format_bytes(report.bytes_read)}  written {format_bytes(report.bytes_written)}"
         )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetrain.cli import options
+from edgetrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgetrain.session import Session
 
 
 @click.command("evaluate")
@@ -17,6 +24,7 @@ from edgetrain.cli import options
 @click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
 @click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one for each block]")
 @click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="Noise draws to average.")
+@click.option("--limit", type=click.IntRange(1), help="Take at most so many examples (language models).")
 @options.DEVICE
 @options.THREADS
 @options.JSON
@@ -27,11 +35,15 @@ def command(
     split: str,
     euler_steps: int | None,
     draws: int,
+    limit: int | None,
     device: str,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Accuracy of SESSION's model: the chain of Euler steps, and block 0 alone at sigma_max.
+    """How good SESSION's model is on data that it was not trained on.
+
+    Of a classifier, accuracy: by the chain of Euler steps, and by block 0 alone at sigma_max. Of a language model, the
+    mean loss of a token and the perplexity on the text held out (--split test), or on what it was trained on.
 
     \b
     Example:
@@ -39,10 +51,20 @@ def command(
     """
     options.check_device(device)
     from edgetrain.session import Session
+    from edgetrain.spec import LanguageModelSpec, StackSpec
 
     found = Session.open(session)
     budget = options.saved_budget(found, budget)
     spec = found.spec
+    if spec.is_exact and isinstance(spec.model, LanguageModelSpec):
+        _language(found, data, budget, split, limit, device, threads, as_json)
+        return
+    if isinstance(spec.model, StackSpec):
+        raise UsageError(
+            "what a model of your own is good for, only you can tell", "edgetrain.Training(...).state_dict()"
+        )
+    if limit is not None:
+        raise UsageError("--limit is there for language models; a classifier is evaluated on all examples")
     if data is not None:
         spec = replace(spec, data=replace(spec.data, source=data))
     scratch = click.get_current_context().with_resource(options.temporary_folder())
@@ -53,17 +75,23 @@ def command(
     from devices.limits import is_out_of_memory
     from edgetrain.errors import BudgetBroken
     from edgetrain.governor import Governor
-    from edgetrain.sampling import CHUNK_BYTES, Sampler, accuracies, readouts
+    from edgetrain.sampling import CHUNK_BYTES, Classifier, Sampler, accuracies, readouts
     from edgetrain.units import format_bytes
 
-    rows = readouts(spec.num_blocks, euler_steps, draws)
-    micro_batch = min(found.progress(b).micro_batches[-1][1] for b in range(spec.num_blocks))
-    sampler = Sampler(found, devices.open_device(device), micro_batch)
-    sampler.warm_up()
+    micro_batch = min(found.progress(b).micro_batch for b in range(spec.num_blocks))
+    opened = devices.open_device(device)
+    if spec.is_exact:
+        classifier = Classifier(found, opened, micro_batch or 1)
+        classifier.warm_up()
+        compute = lambda: {"top-1": classifier.accuracy(dataset)}  # noqa: E731
+    else:
+        sampler = Sampler(found, opened, micro_batch)
+        sampler.warm_up()
+        compute = lambda: accuracies(sampler, dataset, readouts(spec.num_blocks, euler_steps, draws))  # noqa: E731
     governor = Governor(budget)
     with governor.hold(CHUNK_BYTES):
         try:
-            values = accuracies(sampler, dataset, rows)
+            values = compute()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -73,9 +101,9 @@ def command(
             ) from error
     governor.check()
     results = [
-        {"metric": "accuracy", "value": values[row.name], "readout": row.name, "split": split,
+        {"metric": "accuracy", "value": accuracy, "readout": readout, "split": split,
          "num_examples": dataset.num_examples}
-        for row in rows
+        for readout, accuracy in values.items()
     ]  # fmt: skip
     peak = meter.usage().peak_bytes
     value = {"session": str(session), "results": results, "peak_bytes": peak, "budget_bytes": budget}
@@ -88,3 +116,53 @@ def command(
         ])  # fmt: skip
 
     options.emit(value, as_json, text)
+
+
+def _language(
+    session: Session,
+    data: str | None,
+    budget: int,
+    split: str,
+    limit: int | None,
+    device: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    from edgetrain.data.text import HELD_OUT, TRAIN, open_text
+
+    text = session.spec.text if data is None else replace(session.spec.text, source=data)
+    part = HELD_OUT if split == "test" else TRAIN
+    # What training has tokenised is found in its scratch folder.
+    scratch = session.scratch if os.access(session.path, os.W_OK) else None
+    if scratch is None:
+        scratch = Path(click.get_current_context().with_resource(options.temporary_folder()))
+    vocab_size, seed = session.spec.language.vocab_size, session.spec.train.seed
+    dataset = open_text(text, part, session.model_files, vocab_size, scratch, seed)
+    options.start_torch(threads)
+    import devices
+    from devices import meter
+    from edgetrain.inference import LanguageModel, SessionWeights, evaluate_language
+    from edgetrain.units import format_bytes
+
+    model = LanguageModel(SessionWeights(session), devices.open_device(device))
+    found = evaluate_language(model, dataset, session.progress(0).micro_batch or 1, budget, limit)
+    values = {"loss": found.loss, "perplexity": found.perplexity}
+    results = [
+        {"metric": metric, "value": value if math.isfinite(value) else None, "split": part,
+         "num_examples": found.num_examples, "num_tokens": found.num_tokens}
+        for metric, value in values.items()
+    ]  # fmt: skip
+    peak = meter.usage().peak_bytes
+    report = {
+        "session": str(session.path), "results": results, "num_examples": found.num_examples,
+        "num_tokens": found.num_tokens, "peak_bytes": peak, "budget_bytes": budget,
+    }  # fmt: skip
+
+    def lines() -> str:
+        return (
+            f"loss {found.loss:.4f}, perplexity {found.perplexity:.2f}\n"
+            f"{found.num_tokens} tokens of {found.num_examples} {part} examples; "
+            f"peak {format_bytes(peak)} of {format_bytes(budget)}"
+        )
+
+    options.emit(report, as_json, lines)

@@ -3,32 +3,93 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetrain.cli import options
+from edgetrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgetrain.session import Session
+    from edgetrain.spec import Spec
+    from exporters.hf_session import Export
+
+_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+_HF_NEEDED_BYTES = 8 << 20
 
 
 @click.command("export")
 @options.SESSION
 @click.option("--to", "folder", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where to.")
-@click.option("--single-file", is_flag=True, help="One self-contained model.onnx, the chain unrolled.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["onnx", "hf"]),
+    help="onnx, for classifiers; hf, for language models: a folder for transformers, or of an adapter one for peft.  "
+    "[onnx]",
+)
+@click.option("--single-file", is_flag=True, help="onnx: one self-contained model.onnx, the chain unrolled.")
+@click.option("--merge", is_flag=True, help="hf: the whole model, with the LoRA adapter added to its weights.")
+@click.option("--dtype", type=click.Choice(list(_DTYPES)), help="hf: the type of the weights.  [as imported]")
 @options.BUDGET
 @options.JSON
-def command(session: Path, folder: Path, single_file: bool, budget: int | None, as_json: bool) -> None:
-    """Export SESSION's model as ONNX and compare it with the trained one. Exit code 10: they differ; nothing is left.
+def command(
+    session: Path,
+    folder: Path,
+    kind: str | None,
+    single_file: bool,
+    merge: bool,
+    dtype: str | None,
+    budget: int | None,
+    as_json: bool,
+) -> None:
+    """Export SESSION's model: as ONNX, compared with the trained one (exit code 10: they differ; nothing is left), or
+    for transformers and peft.
 
     \b
     Example:
       edgetrain export my-session --to my-model
       edgetrain export my-session --to my-model --single-file
+      edgetrain export my-session --to my-model --format hf --dtype bf16
     """
-    from edgetrain.cli.reference import referenced
+    from devices.limits import prepare_process
+
+    prepare_process(1)  # before numpy comes
     from edgetrain.session import Session
+
+    found = Session.open(session)
+    kind = _checked_format(found.spec, kind)
+    given = {"--single-file": single_file, "--merge": merge, "--dtype": dtype}
+    for option in ("--merge", "--dtype") if kind == "onnx" else ("--single-file",):
+        if given[option]:
+            raise UsageError(f"{option} is no option of --format {kind}", "See edgetrain export --help.")
+    if kind == "onnx":
+        _export_onnx(found, session, folder, single_file, budget, as_json)
+    else:
+        _export_hf(found, folder, merge, dtype, budget, as_json)
+
+
+def _checked_format(spec: Spec, kind: str | None) -> str:
+    """The format of the export; UsageError if the model has none, or not that one."""
+    from edgetrain.spec import LanguageModelSpec, ModelSpec
+
+    if isinstance(spec.model, LanguageModelSpec) and kind != "hf":
+        raise UsageError("hf is the format that there is for language models for now", "Add --format hf.")
+    if isinstance(spec.model, ModelSpec) and kind == "hf":
+        raise UsageError("hf is a format of language models, and the session has a classifier", "Use --format onnx.")
+    if not isinstance(spec.model, (LanguageModelSpec, ModelSpec)):
+        raise UsageError(f"there is no export of a model of the family {spec.model.family!r} for now")
+    return kind or "onnx"
+
+
+def _export_onnx(
+    found: Session, session: Path, folder: Path, single_file: bool, budget: int | None, as_json: bool
+) -> None:
+    from edgetrain.cli.reference import referenced
     from edgetrain.units import format_bytes
     from exporters import onnx, parity
 
-    found = Session.open(session)
     budget = options.saved_budget(found, budget)
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
@@ -52,3 +113,49 @@ def command(session: Path, folder: Path, single_file: bool, budget: int | None, 
         ])  # fmt: skip
 
     options.emit(value, as_json, text)
+
+
+def _export_hf(found: Session, folder: Path, merge: bool, dtype: str | None, budget: int | None, as_json: bool) -> None:
+    from devices.meter import usage
+    from edgetrain.units import format_bytes
+
+    export = _hf_within(found, folder, merge, dtype, budget)
+    words = {stored: word for word, stored in _DTYPES.items()}
+    value = {
+        "session": str(found.path),
+        "format": "hf",
+        "files": [str(path) for path in export.files],
+        "bytes": sum(path.stat().st_size for path in export.files),
+        "peak_bytes": usage().peak_bytes,
+        "dtype": words[export.dtype],
+    }
+
+    def text() -> str:
+        return "\n".join([
+            *(f"{path}  {format_bytes(path.stat().st_size)}" for path in export.files),
+            f"{value['dtype']}, written within {format_bytes(usage().peak_bytes)}",
+        ])  # fmt: skip
+
+    options.emit(value, as_json, text)
+
+
+def _hf_within(found: Session, folder: Path, merge: bool, dtype: str | None, budget: int | None) -> Export:
+    """The export, inside the budget that is named now or was at the latest training, if there is one."""
+    from edgetrain.errors import BudgetBroken
+    from edgetrain.governor import Governor
+    from edgetrain.units import format_bytes
+    from exporters import hf_session
+
+    stored = _DTYPES[dtype] if dtype else None
+    if budget is None and found.last_plan() is None:
+        return hf_session.export(found, folder, dtype=stored, merge=merge)
+    budget = options.saved_budget(found, budget)
+    governor = Governor(budget)
+    hf_session.warm_up()
+    with governor.hold(_HF_NEEDED_BYTES):
+        try:
+            return hf_session.export(found, folder, dtype=stored, merge=merge, check=governor.check)
+        except MemoryError as error:
+            raise BudgetBroken(
+                f"exporting needs more than {format_bytes(budget)} of memory", "Raise --memory-budget."
+            ) from error

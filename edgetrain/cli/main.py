@@ -16,7 +16,12 @@ from edgetrain.errors import INTERRUPTED_EXIT_CODE, EdgetrainError
 
 T = TypeVar("T")
 
-COMMANDS = ("devices", "recipes", "plan", "train", "status", "verify", "evaluate", "export", "predict")
+_MODULES = {
+    "devices": "devices", "recipes": "recipes", "import": "import_", "plan": "plan", "train": "train",
+    "status": "status", "verify": "verify", "evaluate": "evaluate", "generate": "generate", "export": "export",
+    "predict": "predict", "run": "run", "doctor": "doctor",
+}  # fmt: skip
+COMMANDS = tuple(_MODULES)
 _REPEATED_AFTER_S = 0.01
 
 
@@ -29,7 +34,7 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"edgetrain.cli.{name}").command
+        command: click.Command = importlib.import_module(f"edgetrain.cli.{_MODULES[name]}").command
         return command
 
 

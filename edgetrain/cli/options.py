@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edgetrain.cli.become import become
 from edgetrain.errors import BadInput, EdgetrainError, SessionCorrupt, UsageError
 from edgetrain.units import parse_bytes
 
@@ -63,14 +65,20 @@ def emit(value: Mapping[str, Any], as_json: bool, text: Callable[[], str]) -> No
 
 def new_spec(recipe: str, data: str | None, steps: int | None, assignments: tuple[str, ...]) -> Spec:
     """The spec of a recipe and the command's changes to it."""
-    from edgetrain.spec import load_recipe, parse_changes, resolve
+    from edgetrain.spec import load_recipe, needs_import, parse_changes, resolve
 
     changes = parse_changes(assignments)
     if data is not None:
         changes["data.source"] = data
     if steps is not None:
         changes["train.steps"] = steps
-    return resolve(load_recipe(recipe), changes)
+    loaded = load_recipe(recipe)
+    if needs_import(loaded) and not any(key.startswith("model.") for key in changes):
+        raise UsageError(
+            f"the recipe {recipe} is for a pretrained model",
+            f"Import one first: edgetrain import FOLDER SESSION --recipe {recipe}, then edgetrain train SESSION.",
+        )
+    return resolve(loaded, changes)
 
 
 def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
@@ -78,14 +86,39 @@ def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
     from edgetrain.data import open_dataset
 
     dataset = open_dataset(spec.data.source, split, scratch)
-    known = (spec.model.image_shape, spec.model.num_classes)
-    if spec.model.image_shape and known != (dataset.image_shape, dataset.num_classes):
+    known = (spec.vit.image_shape, spec.vit.num_classes)
+    if spec.vit.image_shape and known != (dataset.image_shape, dataset.num_classes):
         raise BadInput(
             f"{spec.data.source} has {dataset.num_classes} classes of images {dataset.image_shape}, the session was "
-            f"made for {spec.model.num_classes} classes of {spec.model.image_shape}"
+            f"made for {spec.vit.num_classes} classes of {spec.vit.image_shape}"
         )
-    model = replace(spec.model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
+    model = replace(spec.vit, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
     return replace(spec, model=model), dataset
+
+
+def open_training_data(spec: Spec, session: Session) -> tuple[Spec, Any]:
+    """The training data of a session, tokenised if it is text, and the spec with the shapes that the data decides.
+
+    Raises:
+        UsageError: the spec names no data.
+        BadInput, DiskError: as ``open_dataset`` and ``open_text``.
+    """
+    from edgetrain.spec import LanguageModelSpec, StackSpec
+
+    if isinstance(spec.model, StackSpec):
+        return spec, None  # its file imports torch: when the process is ready for it
+    if not isinstance(spec.model, LanguageModelSpec):
+        return open_data(spec, "train", session.scratch)
+    from edgetrain.data.text import open_text
+
+    if not spec.text.source:
+        raise UsageError("this session has no data yet", "Name it: --data TEXT.txt, a folder of texts, or CHATS.jsonl.")
+    seed = spec.train.seed
+    dataset = open_text(spec.text, "train", session.model_files, spec.language.vocab_size, session.scratch, seed)
+    if "tokenizers" in sys.modules:
+        # It tokenised, in memory that training is to have: the process begins anew and finds the tokens.
+        become(sys.orig_argv[1:])
+    return spec, dataset
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
@@ -107,7 +140,7 @@ def located(spec: Spec) -> Spec:
     """The spec as a session keeps it: its data is found from any working directory."""
     from edgetrain.data import DIGITS
 
-    if spec.data.source == DIGITS:
+    if spec.data.source in (DIGITS, ""):
         return spec
     source = str(Path(spec.data.source).expanduser().absolute())
     return replace(spec, data=replace(spec.data, source=source))
@@ -154,9 +187,9 @@ def plan_of_session(
     """The plan for going on with ``session``: with its own micro-batch, or only if that does not fit with a smaller."""
     from edgetrain.cli.probe import probed
     from edgetrain.errors import BudgetInfeasible
-    from edgetrain.plan import make_plan
+    from edgetrain.planning import make_plan
 
-    own = max(session.progress(block).micro_batches[-1][1] for block in range(spec.num_blocks))
+    own = max(session.progress(block).micro_batch for block in range(spec.num_blocks))
     kept = replace(spec, train=replace(spec.train, micro_batch=own))
     free = replace(spec, train=replace(spec.train, micro_batch=0))
     # Of the free one: a smaller micro-batch may fit, and then the probe has no call for more room than the budget.

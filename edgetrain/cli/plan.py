@@ -38,10 +38,10 @@ def command(
       edgetrain plan --recipe vit-digits --memory-budget 350MiB
     """
     options.check_device(device)
-    from edgetrain import plan as planning
+    from edgetrain import planning
     from edgetrain.cli.probe import probed
     from edgetrain.session import Session
-    from edgetrain.units import format_bytes
+    from edgetrain.units import format_bytes, format_seconds
 
     if (session is None) == (recipe is None):
         raise UsageError(
@@ -61,21 +61,18 @@ def command(
         plan = planning.make_plan(
             spec, probed(spec, device, threads, budget, activations), budget, threads, activations
         )
-    per_step = plan.visit_written_bytes / spec.train.visit_steps
+    written, scratch = plan.written_bytes_per_step, plan.scratch_bytes_per_step
 
     def text() -> str:
-        choice = plan.choice
-        moments = "resident" if choice.moments_resident else "streamed"
         lines = [f"{name:12} {format_bytes(size):>12}" for name, size in plan.owners.items()]
         return "\n".join([
             *lines,
             f"{'peak':12} {format_bytes(plan.peak_bytes):>12}   of a budget of {format_bytes(plan.budget_bytes)}; "
             f"the smallest that would do is {-(-plan.smallest_budget_bytes // (1 << 20))}MiB",
-            f"micro-batch {choice.micro_batch} of {spec.train.batch_size}, activations {choice.activations}, "
-            f"moments {moments}, about {plan.step_s * 1000:.1f} ms a step",
-            f"disk: session {format_bytes(plan.session_bytes)}; {format_bytes(plan.visit_written_bytes)} written a "
-            f"visit of {spec.train.visit_steps} steps, {per_step * 1000 / 1e12:.5f} TB per 1000 steps",
+            f"micro-batch {plan.choice.micro_batch} of {spec.train.batch_size}, {plan.choice.describe()}, "
+            f"about {format_seconds(plan.step_s)} a step",
+            f"disk: session {format_bytes(plan.session_bytes)}; written a step {format_bytes(written)}, to scratch "
+            f"{format_bytes(scratch)}: {(written + scratch) * 1000 / 1e12:.5f} TB per 1000 steps",
         ])  # fmt: skip
 
-    value = {**plan.to_json(), "written_bytes_per_step": per_step}
-    options.emit(value, as_json, text)
+    options.emit(plan.to_json(), as_json, text)

@@ -1,5 +1,7 @@
 """``python -m edgetrain.cli.probe REQUEST``: what a command turns into when no measurement is cached, and back.
 
+Without a command to go back to, it prints the measurement.
+
 A probe needs nearly as much memory as a small training. Beside the command it would exceed the budget, so it takes the
 place of the command in the same process, and starts the command again with the result in its environment.
 """
@@ -8,20 +10,27 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tomllib
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from edgetrain.cli.become import become
 from edgetrain.cli.main import guarded
-from edgetrain.plan import Probe, save_probe, saved_probe, smallest_budget_bytes
+from edgetrain.errors import EdgetrainError
+from edgetrain.plan import Probe, save_probe, saved_probe
+from edgetrain.planning import parse_probe, smallest_budget_bytes
 from edgetrain.spec import Spec, resolve, to_toml
+from edgetrain.streamed_plan import StreamedProbe
 
 _RESULT = "EDGETRAIN_PROBE"
 _ROOM_BEYOND_THE_SMALLEST = 1.05
 
 
-def probed(spec: Spec, device: str, num_threads: int, budget_bytes: int, activations: str | None) -> Probe:
+def probed(
+    spec: Spec, device: str, num_threads: int, budget_bytes: int, activations: str | None
+) -> Probe | StreamedProbe:
     """The probe's measurement; without one this process ends here and begins again with it.
 
     Nothing may be held that the end of a process would not release. If the budget is too small, the measurement is one
@@ -29,9 +38,12 @@ def probed(spec: Spec, device: str, num_threads: int, budget_bytes: int, activat
     """
     brought = json.loads(os.environ.pop(_RESULT, "null"))
     if brought is not None and brought["request"][:-1] == [to_toml(spec), device, num_threads]:
-        found: Probe | None = save_probe(spec, device, num_threads, brought["measured"])
+        found = _parsed(spec, brought["measured"])
+        save_probe(spec, device, num_threads, brought["measured"])
     else:
-        found = saved_probe(spec, device, num_threads, budget_bytes)
+        found = _parsed(spec, saved_probe(spec, device, num_threads))
+        if found is not None and not found.covers(budget_bytes):
+            found = None
     needed_bytes = budget_bytes
     if found is not None:
         smallest = smallest_budget_bytes(spec, found, activations)
@@ -40,6 +52,50 @@ def probed(spec: Spec, device: str, num_threads: int, budget_bytes: int, activat
         needed_bytes = round(_ROOM_BEYOND_THE_SMALLEST * smallest)
     request = [to_toml(spec), device, num_threads, needed_bytes]
     return become(["-m", "edgetrain.cli.probe", json.dumps({"request": request, "command": sys.orig_argv[1:]})])
+
+
+def probed_beside(
+    spec: Spec, device: str, num_threads: int, budget_bytes: int, activations: str | None
+) -> Probe | StreamedProbe:
+    """The same for a program that cannot end: measured by a process beside it, in memory that the budget lacks.
+
+    Raises:
+        EdgetrainError: what the other process raised.
+    """
+    found = _parsed(spec, saved_probe(spec, device, num_threads))
+    if found is None or not found.covers(budget_bytes):
+        found = _measured_beside(spec, device, num_threads, budget_bytes)
+    smallest = smallest_budget_bytes(spec, found, activations)
+    if smallest <= budget_bytes or found.covers(smallest):
+        return found
+    return _measured_beside(spec, device, num_threads, round(_ROOM_BEYOND_THE_SMALLEST * smallest))
+
+
+def _measured_beside(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe | StreamedProbe:
+    told = json.dumps({"request": [to_toml(spec), device, num_threads, budget_bytes], "command": None})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folder for folder in sys.path if folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", "edgetrain.cli.probe", told],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        said = done.stderr.strip().removeprefix("edgetrain: ").split("\n", 1)
+        kinds = {kind.exit_code: kind for kind in EdgetrainError.__subclasses__()}
+        raise kinds.get(done.returncode, EdgetrainError)(*said)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    save_probe(spec, device, num_threads, measured)
+    return parse_probe(spec, measured)
+
+
+def _parsed(spec: Spec, measured: Mapping[str, Any] | None) -> Probe | StreamedProbe | None:
+    """What an older version left in the cache is no measurement."""
+    try:
+        return None if measured is None else parse_probe(spec, measured)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def main() -> None:
@@ -56,10 +112,13 @@ def main() -> None:
 
         torch.set_num_threads(num_threads)
         result = measure(resolve(tomllib.loads(recipe)), device, budget_bytes)
+        if told["command"] is None:
+            print(json.dumps(result))
+            sys.exit()
         os.environ[_RESULT] = json.dumps({"request": told["request"], "measured": result})
         become(told["command"])
 
-    guarded(measured, as_json="--json" in told["command"])
+    guarded(measured, as_json="--json" in (told["command"] or ()))
 
 
 if __name__ == "__main__":

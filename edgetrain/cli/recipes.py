@@ -19,12 +19,18 @@ def command(name: str | None, as_json: bool) -> None:
       edgetrain recipes my.toml
     """
     import tomllib
+    from pathlib import Path
 
-    from edgetrain.spec import builtin_recipes, load_recipe, resolve, to_toml
+    from edgetrain.spec import builtin_recipes, load_recipe, needs_import, resolve, to_toml
 
     recipes = builtin_recipes()
     if name is not None:
-        toml = recipes[name] if name in recipes else to_toml(resolve(load_recipe(name)))
+        if name in recipes:
+            toml = recipes[name]
+        elif needs_import(load_recipe(name)):
+            toml = Path(name).read_text()  # what it resolves to depends on the model
+        else:
+            toml = to_toml(resolve(load_recipe(name)))
         options.emit({"name": name, "recipe": tomllib.loads(toml)}, as_json, toml.rstrip)
         return
 

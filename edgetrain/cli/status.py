@@ -14,7 +14,7 @@ from edgetrain.cli import options
 @options.SESSION
 @options.JSON
 def command(session: Path, as_json: bool) -> None:
-    """Show how far each block of SESSION is. Instant: it reads manifests alone.
+    """Show how far SESSION is, or each block of it. Instant: it reads manifests alone.
 
     \b
     Example:
@@ -28,28 +28,33 @@ def command(session: Path, as_json: bool) -> None:
     blocks: list[dict[str, Any]] = []
     for block in range(spec.num_blocks):
         progress = found.progress(block)
-        low, high = spec.diffusion_blocks.noise.band(block)
-        blocks.append({
+        row = {
             "block": block, "group": group_of_block(spec, block), "step": progress.step, "loss": progress.loss,
-            "layers": list(spec.layers_of(block)), "sigma": [low, high], "skipped": list(progress.skipped),
+            "layers": list(spec.layers_of(block)), "skipped": list(progress.skipped),
             "micro_batches": [list(entry) for entry in progress.micro_batches],
-        })  # fmt: skip
+        }  # fmt: skip
+        blocks.append(row if spec.is_exact else {**row, "sigma": list(spec.diffusion_blocks.noise.band(block))})
     steps = [row["step"] for row in blocks]
     complete = all(step >= spec.train.steps for step in steps)
     value = {
         "session": str(session), "status": "complete" if complete else "partial", "step": min(steps),
-        "steps": spec.train.steps, "blocks": blocks, "digest": found.store.digest(),
+        "steps": spec.train.steps, "objective": spec.train.objective, "blocks": blocks,
+        "trained_parameters": sum(layout.num_elements for layout in found.store.trained_layouts),
+        "frozen_parameters": sum(layout.num_elements for layout in found.store.frozen_layouts),
+        "digest": found.store.digest(),
     }  # fmt: skip
 
     def text() -> str:
         rows = []
         for row in blocks:
-            low, high = row["sigma"]
             loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-            rows.append(
-                f"block {row['block']}  step {row['step']}/{spec.train.steps}  sigma {low:.4g}..{high:.4g}  "
-                f"loss {loss}  skipped {len(row['skipped'])}"
-            )
+            step, ended = f"step {row['step']}/{spec.train.steps}", f"loss {loss}  skipped {len(row['skipped'])}"
+            if spec.is_exact:
+                counts = (f"{value[f'{which}_parameters'] / 1e6:.1f} M {which}" for which in ("trained", "frozen"))
+                rows.append("  ".join([step, ended, *counts]))
+            else:
+                low, high = row["sigma"]
+                rows.append(f"block {row['block']}  {step}  sigma {low:.4g}..{high:.4g}  {ended}")
         return "\n".join([*rows, f"{value['status']}  digest {value['digest']}"])
 
     options.emit(value, as_json, text)

@@ -53,7 +53,7 @@ def command(
       edgetrain train s --blocks 0,2 --visits 4
     """
     options.check_device(device)
-    from edgetrain import plan as planning
+    from edgetrain import planning
     from edgetrain.cli.probe import probed
     from edgetrain.session import Session
     from edgetrain.spec import parse_changes, resolve
@@ -81,7 +81,7 @@ def command(
     if found is None:
         spec, class_names = options.with_shapes(spec)
     else:
-        spec, dataset = options.open_data(spec, "train", found.scratch)
+        spec, dataset = options.open_training_data(spec, found)
     if found is None:
         measured = probed(spec, device, threads, budget, activations)
         plan = planning.make_plan(spec, measured, budget, threads, activations)
@@ -93,12 +93,12 @@ def command(
     options.start_torch(threads)
     if found is None:
         found = create(session, spec, measured, class_names)
-        spec, dataset = options.open_data(spec, "train", found.scratch)
+        spec, dataset = options.open_training_data(spec, found)
     with Display(plan, quiet=not sys.stderr.isatty()) as display:
         summary = train(
             found, spec, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping
         )
-    options.emit(summary, as_json, lambda: _text(summary))
+    options.emit(summary, as_json, lambda: _text(summary, spec.num_blocks))
     if summary["status"] == "interrupted":
         sys.exit(INTERRUPTED_EXIT_CODE)
 
@@ -155,12 +155,13 @@ def _blocks(text: str | None, num_blocks: int) -> list[int]:
     return chosen
 
 
-def _text(summary: dict[str, Any]) -> str:
+def _text(summary: dict[str, Any], blocks: int) -> str:
     from edgetrain.units import format_bytes, format_duration
 
     loss = "no loss yet" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
+    per_block = " per block" if blocks > 1 else ""
     return "\n".join([
-        f"{summary['session']}: {summary['status']}, step {summary['step']} of {summary['steps']} per block, {loss}, "
+        f"{summary['session']}: {summary['status']}, step {summary['step']} of {summary['steps']}{per_block}, {loss}, "
         f"in {format_duration(summary['seconds'])}",
         f"memory  peak {format_bytes(summary['peak_bytes'])}  plan {format_bytes(summary['plan_peak_bytes'])}  "
         f"budget {format_bytes(summary['budget_bytes'])}",

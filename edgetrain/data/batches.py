@@ -12,7 +12,7 @@ from edgetrain.data.images import load_image
 from edgetrain.errors import UsageError
 from edgetrain.randomness import Purpose, Stream, permute, uniform
 
-__all__ = ["Augmentation", "batch", "load_image", "to_float"]
+__all__ = ["Augmentation", "batch", "indices_of", "load_image", "to_float"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,7 @@ def batch(
         BadInput: the data can no longer be read.
     """
     numbers = step * batch_size + np.arange(first, first + count, dtype=np.int64)  # over the whole training
-    epochs, positions = np.divmod(numbers, dataset.num_examples)
-    indices = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        inside = epochs == epoch
-        order = Stream(seed, Purpose.ORDER, stage, int(epoch))
-        indices[inside] = permute(order, positions[inside], dataset.num_examples)
-    images, labels = dataset.read(indices)
+    images, labels = dataset.read(indices_of(seed, stage, numbers, dataset.num_examples))
     if augmentation.flip:
         draws = uniform(Stream(seed, Purpose.FLIP, stage, step), first, count)[:, 0]
         images = np.where((draws < 0.5)[:, None, None, None], images[..., ::-1], images)
@@ -75,6 +69,17 @@ def batch(
         draws = uniform(Stream(seed, Purpose.SHIFT, stage, step), first, count, 2)  # (count, 2): down, right
         images = _shifted(images, np.floor(draws * (2 * augmentation.shift + 1)).astype(np.int64), augmentation.shift)
     return to_float(images), labels
+
+
+def indices_of(seed: int, stage: int, numbers: NDArray[np.int64], num_examples: int) -> NDArray[np.int64]:
+    """Which examples of a data set are drawn as number ``numbers`` (n,) of a training: each once in an epoch."""
+    epochs, positions = np.divmod(numbers, num_examples)
+    indices = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        order = Stream(seed, Purpose.ORDER, stage, int(epoch))
+        indices[inside] = permute(order, positions[inside], num_examples)
+    return indices
 
 
 def to_float(images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from edgetrain.models.base import Family
-from edgetrain.models.vit import ViT
-from edgetrain.spec import Spec
+from typing import Any
+
+from edgetrain.models.base import Family, Network
+from edgetrain.models.vit import ClassifierNetwork, ViT
+from edgetrain.spec import LanguageModelSpec, Spec, StackSpec
 
 _FAMILIES: dict[str, type[Family]] = {"vit": ViT}
+
+
+def build_network(spec: Spec, dataset: Any) -> Network:
+    """The spec's model for exact training, on a data set of its kind; None where nothing is to be drawn."""
+    if isinstance(spec.model, LanguageModelSpec):
+        from edgetrain.models.language import LanguageNetwork
+
+        return LanguageNetwork(spec, dataset)
+    if isinstance(spec.model, StackSpec):
+        from edgetrain.models.stack import StackNetwork
+
+        return StackNetwork(spec, dataset)
+    return ClassifierNetwork(spec, dataset)
 
 
 def build_family(spec: Spec) -> Family:

@@ -7,14 +7,19 @@ condition, so they serve any number of denoising steps; with one stream all toke
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from edgetrain.models.base import Boundary, Family, Layer
+from edgetrain.models.base import Boundary, Family, Layer, Network
 from edgetrain.noise import time_frequencies
+from edgetrain.spec import Spec
 
 _NUM_FREQUENCIES = 32
 _EPS = 1e-6
@@ -23,10 +28,20 @@ _POSITION_STD = 0.5
 
 KeyValue = tuple[Tensor, Tensor]
 
+Batches = Callable[[int, int, int, int], tuple[Any, Any]]
+"""(stage, step, first, count) -> images (count, C, H, W) float32 in [-1, 1] and labels (count,)."""
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without parameters of its own, then the condition's shift and scale (DiT, arXiv 2212.09748)."""
     return F.layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale) + shift
+
+
+def patch_pixels(images: Tensor, patch: int) -> Tensor:
+    """(n, C, H, W) -> (n, patches, C * patch * patch)."""
+    n, channels, height, width = images.shape
+    grid = images.reshape(n, channels, height // patch, patch, width // patch, patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * patch * patch)
 
 
 class Stem(nn.Module):
@@ -46,11 +61,7 @@ class Stem(nn.Module):
 
     def clean_tokens(self, images: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, patches, width)."""
-        n, channels, height, width = images.shape
-        p = self.patch
-        grid = images.reshape(n, channels, height // p, p, width // p, p)
-        flat = grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * p * p)
-        return self.patches(flat) + self.positions
+        return self.patches(patch_pixels(images, self.patch)) + self.positions
 
     def condition(self, c_noise: Tensor) -> Tensor:
         """c_noise (n,) -> SiLU of the condition, (n, 1, width)."""
@@ -144,23 +155,42 @@ class Head(nn.Module):
         return self.auxiliary(F.layer_norm(mean, mean.shape[-1:], eps=_EPS))
 
 
+class ClassifierStem(nn.Module):
+    """Patches and positions after a token that is to be read, and a learned constant in place of the condition."""
+
+    def __init__(self, image_shape: tuple[int, ...], patch: int, num_patches: int, width: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.patches = nn.Linear(image_shape[0] * patch * patch, width)
+        self.positions = nn.Parameter(torch.empty(num_patches, width))
+        self.token = nn.Parameter(torch.empty(width))
+        self.clean_condition = nn.Parameter(torch.empty(width))
+
+    def forward(self, images: Tensor) -> Boundary:
+        """images (n, C, H, W)."""
+        patches = self.patches(patch_pixels(images, self.patch)) + self.positions
+        token = self.token.expand(len(images), 1, -1)
+        condition = F.silu(self.clean_condition)[None, None]  # (1, 1, width)
+        return Boundary({"tokens": torch.cat([token, patches], 1)}, {"condition": condition})
+
+
 class ViT(Family):
     """Stages of the classifier."""
 
     def build_stem(self) -> Stem:
-        model, method = self.spec.model, self.spec.diffusion_blocks
+        model, method = self.spec.vit, self.spec.diffusion_blocks
         return Stem(model.image_shape, model.patch, model.num_patches, model.width, method.streams)
 
     def build_layer(self) -> ViTLayer:
-        model = self.spec.model
+        model = self.spec.vit
         return ViTLayer(model.width, model.heads, model.mlp_ratio)
 
     def build_head(self) -> Head:
-        model = self.spec.model
+        model = self.spec.vit
         return Head(model.width, model.num_classes, self.spec.diffusion_blocks.auxiliary > 0)
 
     def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        if name in ("positions", "clean_condition"):
+        if name in ("positions", "clean_condition", "token"):
             return normal * np.float32(_POSITION_STD)
         if normal.ndim == 2 and not name.startswith(("modulation", "readout", "auxiliary")):
             return normal * np.float32(normal.shape[1] ** -0.5)
@@ -172,3 +202,51 @@ class ViT(Family):
 
     def decays(self, name: str, shape: tuple[int, ...]) -> bool:
         return name.endswith(".weight")
+
+
+class ClassifierNetwork(Network):
+    """The same transformer trained as a whole: no noisy token, cross-entropy of a token that sees the image."""
+
+    def __init__(self, spec: Spec, batches: Batches | None) -> None:
+        self.spec, self.family, self.batches = spec, ViT(spec), batches
+        self.guess = math.log(max(2, spec.vit.num_classes))
+
+    @property
+    def examples(self) -> str:
+        return "images"
+
+    def build(self, kind: str) -> nn.Module:
+        model = self.spec.vit
+        if kind == "stem":
+            return ClassifierStem(model.image_shape, model.patch, model.num_patches, model.width)
+        return Head(model.width, model.num_classes, False) if kind == "head" else self.family.build_layer()
+
+    def draw(self, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        """images (n, C, H, W), labels (n,)."""
+        assert self.batches is not None
+        images, labels = self.batches(0, step, first, count)
+        return {"images": images, "labels": labels}
+
+    def enter(self, stem: nn.Module, batch: Mapping[str, Tensor]) -> Boundary:
+        boundary: Boundary = stem(batch["images"])
+        return boundary
+
+    def layer(self, layer: nn.Module, boundary: Boundary) -> Boundary:
+        advanced: Boundary = layer(boundary)
+        return advanced
+
+    @staticmethod
+    def logits(head: nn.Module, boundary: Boundary) -> Tensor:
+        """(n, classes)."""
+        logits: Tensor = head(boundary.carried["tokens"][:, 0], boundary.context["condition"])
+        return logits
+
+    def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
+        total = F.cross_entropy(self.logits(head, boundary), batch["labels"], reduction="sum")
+        return total / self.spec.train.batch_size
+
+    def initialise(self, kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.family.initialise(kind, name, normal)
+
+    def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:
+        return self.family.decays(name, shape)

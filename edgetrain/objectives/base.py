@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgetrain.activations import Activations
 from edgetrain.data import Augmentation, Dataset, batch
 from edgetrain.models.base import Layer
+from edgetrain.models.vit import Batches
 from edgetrain.spec import Spec
 
 
@@ -38,13 +39,9 @@ class Objective(abc.ABC):
         """The summed loss of the examples divided by the whole batch size, so that micro-batches add up."""
 
 
-Batches = Callable[[int, int, int, int], tuple[Any, Any]]
-"""(block, step, first, count) -> images (count, C, H, W) float32 in [-1, 1] and labels (count,)."""
-
-
 def training_batches(spec: Spec, dataset: Dataset) -> Batches:
     """Reads a spec's training batches from a data set, in the spec's order and with its augmentation."""
-    augmentation = Augmentation(spec.data.shift, spec.data.flip)
+    augmentation = Augmentation(spec.images.shift, spec.images.flip)
 
     def read(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
         return batch(

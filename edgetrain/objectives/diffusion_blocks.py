@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from edgetrain import noise
 from edgetrain.activations import Activations
 from edgetrain.models.base import Boundary
-from edgetrain.objectives.base import Batches, Block, Objective
+from edgetrain.models.vit import Batches
+from edgetrain.objectives.base import Block, Objective
 from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import Spec
 
@@ -57,7 +58,7 @@ class DiffusionBlocks(Objective):
 
     def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
         """images (count, C, H, W), labels (count,), sigma (count,) and eps (count, width)."""
-        seed, width = self.spec.train.seed, self.spec.model.width
+        seed, width = self.spec.train.seed, self.spec.vit.width
         images, labels = self.batches(block, step, first, count)
         uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
         return {

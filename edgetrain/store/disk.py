@@ -126,11 +126,10 @@ def make_folder(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def will_need(path: Path) -> None:
-    """Asks the kernel to read a file into its cache; costs the process no memory."""
-    with opened(path, os.O_RDONLY) as fd:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+def will_need(fd: int, position: int, num_bytes: int) -> None:
+    """Asks the kernel to read a part of a file into its cache; costs the process no memory."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, position, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 def reserve(fd: int, num_bytes: int) -> None:

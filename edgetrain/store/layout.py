@@ -6,6 +6,7 @@ module's parameters can be views into the buffer it was read into.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Sequence
@@ -102,6 +103,11 @@ class StageLayout:
     def slots(self) -> tuple[str, ...]:
         return ("a", "b") if self.trained else ("frozen",)
 
+    @property
+    def num_elements(self) -> int:
+        """Of all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
     def section_bytes(self, role: str) -> int:
         """Bytes of a role's section, padding included."""
         return self._sections[role][1]
@@ -114,6 +120,13 @@ class StageLayout:
         """The tensors as this role stores them: the same names and shapes, in the role's own type."""
         dtype = {known.name: known.dtype for known in self.roles}[role]
         return [TensorSpec(tensor.name, tensor.shape, dtype or tensor.dtype) for tensor in self.tensors]
+
+    @cached_property
+    def in_memory(self) -> StageLayout:
+        """The layout of what is computed with: all F32."""
+        return dataclasses.replace(
+            self, tensors=tuple(dataclasses.replace(tensor, dtype="F32") for tensor in self.tensors)
+        )
 
     @cached_property
     def _sections(self) -> dict[str, tuple[dict[str, int], int]]:

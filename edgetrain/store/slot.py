@@ -11,11 +11,12 @@ stage's name. A file is made once, then rewritten in place: it never needs new s
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -106,11 +107,83 @@ def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
     return Entry(dtype, tuple(shape), begin, end)
 
 
-class StageFiles:
+class Hashed(abc.ABC):
+    """A stage's bytes by slot and role, compared with the hashes that a manifest has of them."""
+
+    def __init__(self, layout: StageLayout) -> None:
+        self.layout = layout
+        self.known: dict[tuple[str, str], str] = {}
+        """{(slot, role): the hash that this process found there last, or that what it wrote has}."""
+
+    file_bytes = 0
+    """Of one slot, in the session."""
+
+    @abc.abstractmethod
+    def path(self, slot: str) -> Path:
+        """Where the slot is, for messages."""
+
+    @abc.abstractmethod
+    def check(self, slot: str) -> None:
+        """Raises SessionCorrupt unless the slot is there, is complete and has exactly this layout."""
+
+    @abc.abstractmethod
+    def read(self, slot: str, role: str, into: memoryview, offset: int) -> None:
+        """Fills ``into`` from byte ``offset`` of a role's section.
+
+        Raises:
+            DiskError, SessionCorrupt: the file cannot be read, or ends too early.
+            ValueError: there is no such role, or the part is not inside its section.
+        """
+
+    @abc.abstractmethod
+    def prefetch(self, slot: str, roles: Collection[str]) -> None:
+        """Asks the kernel to read the roles into its cache."""
+
+    def check_part(self, role: str, offset: int, num_bytes: int) -> None:
+        """Raises ValueError unless the stage has the role, and the part is inside its section."""
+        roles = [known.name for known in self.layout.roles]
+        if role not in roles:
+            raise ValueError(f"stage {self.layout.name} has the roles {roles}, not {role!r}")
+        if offset < 0 or offset + num_bytes > self.layout.section_bytes(role):
+            raise ValueError(
+                f"stage {self.layout.name}, {role}: bytes {offset} to {offset + num_bytes} "
+                f"of a section of {self.layout.section_bytes(role)}"
+            )
+
+    def require(self, slot: str, role: str, expected: str) -> None:
+        """Raises SessionCorrupt unless the role has this hash. What was found before is not read again."""
+        if self.known.get((slot, role)) == expected:
+            return
+        if (found := self.hash(slot, role)) != expected:
+            raise SessionCorrupt(
+                f"{self.path(slot)}, {role}: SHA-256 is {found}, the manifest says {expected}: the file is damaged, or "
+                "is not from the copy of the session that the manifest is from",
+                "edgetrain verify SESSION names all such files. Copy the group's folder and its stages together.",
+            )
+        self.known[slot, role] = found
+
+    def hash(self, slot: str, role: str) -> str:
+        """SHA-256 in hex over, for each tensor in name order, ``["NAME","DTYPE",[SHAPE]]``, a newline, its bytes.
+
+        The JSON says how many bytes follow, so no two contents are encoded alike. Padding doesn't count.
+        """
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        for tensor in self.layout.tensors_of(role):
+            digest.update(canonical_json([tensor.name, tensor.dtype, tensor.shape]) + b"\n")
+            start = self.layout.offset(role, tensor.name)
+            for done in range(0, tensor.nbytes, _CHUNK_BYTES):
+                chunk = buffer[: tensor.nbytes - done]
+                self.read(slot, role, chunk, start + done)
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+class StageFiles(Hashed):
     """The files of one stage below ``folder``: ``NAME.a`` and ``.b``, or ``.frozen``, all of one layout."""
 
     def __init__(self, folder: Path, layout: StageLayout) -> None:
-        self.layout = layout
+        super().__init__(layout)
         self._folder = folder
         tensors = dict(_entries(layout))
         metadata = {"format": FORMAT, "stage": layout.name, "version": VERSION}
@@ -121,8 +194,6 @@ class StageFiles:
         data_start = align(8 + len(text), SECTION_ALIGNMENT)
         self._header = Header(metadata, tensors, data_start)
         self._header_bytes = (data_start - 8).to_bytes(8, "little") + text.ljust(data_start - 8)
-        self.known: dict[tuple[str, str], str] = {}
-        """{(slot, role): the hash that this process found there last, or that what it wrote has}."""
         self._starts = {}
         for role in layout.roles:
             self._starts[role.name] = data_start
@@ -138,13 +209,7 @@ class StageFiles:
         Raises:
             ValueError: the stage has no such role, or the part is not inside its section.
         """
-        if role not in self._starts:
-            raise ValueError(f"stage {self.layout.name} has the roles {list(self._starts)}, not {role!r}")
-        if offset < 0 or offset + num_bytes > self.layout.section_bytes(role):
-            raise ValueError(
-                f"stage {self.layout.name}, {role}: bytes {offset} to {offset + num_bytes} "
-                f"of a section of {self.layout.section_bytes(role)}"
-            )
+        self.check_part(role, offset, num_bytes)
         return self._starts[role] + offset
 
     def create(self, slot: str) -> None:
@@ -168,36 +233,63 @@ class StageFiles:
         if header.data_start != expected.data_start:
             raise SessionCorrupt(f"{path}: tensors begin at {header.data_start}, expected {expected.data_start}")
 
-    def require(self, slot: str, role: str, expected: str) -> None:
-        """Raises SessionCorrupt unless the role has this hash. What was found before is not read again."""
-        if self.known.get((slot, role)) == expected:
-            return
-        path = self.path(slot)
-        with disk.opened(path, os.O_RDONLY) as fd:
-            found = self.hash_role(fd, role)
-        if found != expected:
-            raise SessionCorrupt(
-                f"{path}, {role}: SHA-256 is {found}, the manifest says {expected}: the file is damaged, or is not "
-                "from the copy of the session that the manifest is from",
-                "edgetrain verify SESSION names all such files. Copy the group's folder and its stages together.",
-            )
-        self.known[slot, role] = found
+    def read(self, slot: str, role: str, into: memoryview, offset: int) -> None:
+        position = self.position(role, offset, len(into))
+        with disk.opened(self.path(slot), os.O_RDONLY) as fd:
+            disk.read_exactly(fd, into, position)
 
-    def hash_role(self, fd: int, role: str) -> str:
-        """SHA-256 in hex over, for each tensor in name order, ``["NAME","DTYPE",[SHAPE]]``, a newline, its bytes.
+    def prefetch(self, slot: str, roles: Collection[str]) -> None:
+        with disk.opened(self.path(slot), os.O_RDONLY) as fd:
+            for role in roles:
+                disk.will_need(fd, self._starts[role], self.layout.section_bytes(role))
 
-        The JSON says how many bytes follow, so no two contents are encoded alike. Padding doesn't count.
-        """
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
-        for tensor in self.layout.tensors_of(role):
-            digest.update(canonical_json([tensor.name, tensor.dtype, tensor.shape]) + b"\n")
-            start = self.position(role, self.layout.offset(role, tensor.name), tensor.nbytes)
-            for done in range(0, tensor.nbytes, _CHUNK_BYTES):
-                chunk = buffer[: tensor.nbytes - done]
-                disk.read_exactly(fd, chunk, start + done)
-                digest.update(chunk)
-        return digest.hexdigest()
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie outside of the session: a file, the position in it of the first, and their type."""
+
+    path: Path
+    position: int
+    dtype: str
+
+
+class ExternalFiles(Hashed):
+    """A frozen stage whose tensors stay in the files that a model came in. ``places`` are by tensor name."""
+
+    def __init__(self, layout: StageLayout, places: Mapping[str, Place]) -> None:
+        super().__init__(layout)
+        self._places = places
+
+    def path(self, slot: str) -> Path:
+        return next(iter(self._places.values())).path
+
+    def check(self, slot: str) -> None:
+        for tensor in self.layout.tensors:
+            path, position, _ = self._places[tensor.name]
+            with disk.disk_errors(path):
+                found = path.stat().st_size if path.exists() else None
+            if found is None or found < position + tensor.nbytes:
+                end = f"{tensor.name} of {self.layout.name} ends at {position + tensor.nbytes}"
+                raise SessionCorrupt(
+                    f"{path} is missing" if found is None else f"{path} has {found} bytes; {end}",
+                    "The session's frozen weights stay in the folder that they were imported from: put it back.",
+                )
+
+    def read(self, slot: str, role: str, into: memoryview, offset: int) -> None:
+        self.check_part(role, offset, len(into))
+        end = offset + len(into)
+        for tensor in self.layout.tensors:
+            start = self.layout.offset(role, tensor.name)
+            first, last = max(offset, start), min(end, start + tensor.nbytes)
+            if first < last:
+                path, position, _ = self._places[tensor.name]
+                with disk.opened(path, os.O_RDONLY) as fd:
+                    disk.read_exactly(fd, into[first - offset : last - offset], position + first - start)
+
+    def prefetch(self, slot: str, roles: Collection[str]) -> None:
+        for tensor in self.layout.tensors:
+            path, position, _ = self._places[tensor.name]
+            with disk.opened(path, os.O_RDONLY) as fd:
+                disk.will_need(fd, position, tensor.nbytes)
 
 
 def _entries(layout: StageLayout) -> Iterator[tuple[str, Entry]]:

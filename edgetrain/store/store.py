@@ -13,15 +13,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from edgetrain.errors import SessionCorrupt
 from edgetrain.store import disk
 from edgetrain.store.group import Group
 from edgetrain.store.layout import FROZEN_ROLES, TRAINED_ROLES, StageLayout
 from edgetrain.store.manifest import Manifest, combined_digest
-from edgetrain.store.slot import StageFiles
+from edgetrain.store.slot import ExternalFiles, Hashed, Place, StageFiles
 from edgetrain.store.transaction import Traffic, Transaction
 from edgetrain.store.verify import StageCheck, Verification, check_stage
+
+External = Mapping[str, Mapping[str, Place]]
+"""{frozen stage: {tensor: where it stays, outside of the session}}."""
 
 _DIGEST_ROLES = [role.name for role in (*TRAINED_ROLES, *FROZEN_ROLES) if role.in_digest]
 
@@ -33,7 +37,9 @@ class Store:
     have ended before the second next transaction on its group writes: that one reuses the slot being read.
     """
 
-    def __init__(self, path: Path, groups: Mapping[str, Sequence[StageLayout]], frozen: Sequence[StageLayout]) -> None:
+    def __init__(
+        self, path: Path, groups: Mapping[str, Sequence[StageLayout]], frozen: Sequence[StageLayout], external: External
+    ) -> None:
         layouts = [layout for stages in groups.values() for layout in stages]
         names = [layout.name for layout in (*layouts, *frozen)]
         if len(set(names)) != len(names):
@@ -47,16 +53,26 @@ class Store:
             files = {layout.name: StageFiles(path / "stages", layout) for layout in stages}
             group = self._groups[name] = Group(path / "groups" / name, files)
             self._group_of.update(dict.fromkeys(files, group))
-        self._frozen = {layout.name: StageFiles(path / "stages", layout) for layout in frozen}
+        self._frozen: dict[str, Hashed] = {
+            layout.name: ExternalFiles(layout, external[layout.name])
+            if layout.name in external
+            else StageFiles(path / "stages", layout)
+            for layout in frozen
+        }
         self._frozen_hashes: dict[str, str] = {}
         self._traffic = Traffic()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     @classmethod
     def create(
-        cls, path: Path, groups: Mapping[str, Sequence[StageLayout]], frozen: Sequence[StageLayout] = ()
+        cls,
+        path: Path,
+        groups: Mapping[str, Sequence[StageLayout]],
+        frozen: Sequence[StageLayout] = (),
+        external: External = MappingProxyType({}),
     ) -> Store:
-        """Makes all files below ``path``, with their space reserved.
+        """Makes all files below ``path``, with their space reserved. ``external`` tells for which of the frozen stages
+        none is made, and where their tensors stay.
 
         The store is usable when, under the locks, the frozen stages were written and every group had its first
         commit. Until the first of these, ``create`` may be called again, say after a crash.
@@ -66,8 +82,9 @@ class Store:
             SessionLocked: another process is training here.
             ValueError: a group here holds committed state, or the layouts contradict each other.
         """
-        store = cls(path, groups, frozen)
-        files = [(one, slot) for one in store._all_files() for slot in one.layout.slots]
+        store = cls(path, groups, frozen, external)
+        own = (one for one in store._all_files() if isinstance(one, StageFiles))
+        files = [(one, slot) for one in own for slot in one.layout.slots]
         with disk.disk_errors(path):
             there = [one.path(slot).stat().st_blocks * 512 for one, slot in files if one.path(slot).exists()]
             needed = sum(one.file_bytes for one, _ in files) - sum(there)
@@ -85,7 +102,13 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, path: Path, groups: Mapping[str, Sequence[StageLayout]], frozen: Sequence[StageLayout] = ()) -> Store:
+    def open(
+        cls,
+        path: Path,
+        groups: Mapping[str, Sequence[StageLayout]],
+        frozen: Sequence[StageLayout] = (),
+        external: External = MappingProxyType({}),
+    ) -> Store:
         """Opens what ``create`` made, for reading and, under locks, for training.
 
         Raises:
@@ -93,7 +116,7 @@ class Store:
                 groups were trained with different frozen stages. Groups without a manifest are ``uncommitted``.
             DiskError: a file cannot be read.
         """
-        store = cls(path, groups, frozen)
+        store = cls(path, groups, frozen, external)
         for files in store._all_files():
             for slot in files.layout.slots:
                 files.check(slot)
@@ -134,6 +157,19 @@ class Store:
             self._executor.submit(int).result()
             yield
 
+    @property
+    def trained_layouts(self) -> list[StageLayout]:
+        return [files.layout for group in self._groups.values() for files in group.stages.values()]
+
+    @property
+    def frozen_layouts(self) -> list[StageLayout]:
+        return [files.layout for files in self._frozen.values()]
+
+    @property
+    def num_bytes(self) -> int:
+        """What all slots take on disk."""
+        return sum(files.file_bytes * len(files.layout.slots) for files in self._all_files())
+
     def manifest(self, group: str) -> Manifest:
         """The last committed state of a group; SessionCorrupt if it has none."""
         return self._groups[group].committed()
@@ -153,31 +189,34 @@ class Store:
             self._group_of[stage].settle()
         files, _ = self._current(stage)
         into = into.cast("B")
-        position = files.position(role, offset, len(into))
-        slot = self._require(stage, role)
-        with disk.opened(files.path(slot), os.O_RDONLY) as fd:
-            disk.read_exactly(fd, into, position)
+        files.check_part(role, offset, len(into))
+        files.read(self._require(stage, role), role, into, offset)
         self._traffic.add(read_bytes=len(into))
 
-    def write_frozen(self, stage: str, data: memoryview) -> None:
-        """Writes a frozen stage's whole section, durably. Only under all locks, before the first commit of any group.
+    def write_frozen(self, stage: str, parts: Iterable[memoryview]) -> None:
+        """Writes a frozen stage's whole section, in order, durably; of an external one, whose ``parts`` are none, takes
+        the hash. Only under all locks, before the first commit of any group.
 
         Raises:
             DiskError: the disk is full, read-only, or failed.
-            ValueError: it is too late for that, a lock is not held, or ``data`` is not the whole section.
+            ValueError: it is too late for that, a lock is not held, or ``parts`` are not the whole section.
         """
         self._require_locks(self._groups)
         if len(self.uncommitted) != len(self._groups):
             raise ValueError(f"stage {stage} is frozen: groups were trained with it")
         files = self._frozen[stage]
-        data = data.cast("B")
-        if len(data) != files.layout.section_bytes("frozen"):
-            raise ValueError(f"stage {stage}: {len(data)} of {files.layout.section_bytes('frozen')} bytes")
-        with disk.opened(files.path("frozen"), os.O_RDWR, len(data)) as fd:
-            disk.write_fully(fd, data, files.position("frozen", 0, len(data)))
-            disk.sync_data(fd)
-            self._frozen_hashes[stage] = files.hash_role(fd, "frozen")
-        self._traffic.add(written_bytes=len(data))
+        if isinstance(files, StageFiles):
+            num_bytes, done = files.layout.section_bytes("frozen"), 0
+            with disk.opened(files.path("frozen"), os.O_RDWR, num_bytes) as fd:
+                for part in parts:
+                    data = part.cast("B")
+                    disk.write_fully(fd, data, files.position("frozen", done, len(data)))
+                    done += len(data)
+                disk.sync_data(fd)
+            if done != num_bytes:
+                raise ValueError(f"stage {stage}: {done} of {num_bytes} bytes")
+            self._traffic.add(written_bytes=done)
+        self._frozen_hashes[stage] = files.hash("frozen", "frozen")
 
     def transaction(self, group: str) -> Transaction:
         """Begins an update of a group, after its last commit has ended.
@@ -205,7 +244,7 @@ class Store:
         """Asks the kernel to read the stages' current slots into its cache."""
         for stage in stages:
             files, slot = self._current(stage)
-            disk.will_need(files.path(slot))
+            files.prefetch(slot, [role.name for role in files.layout.roles])
 
     def digest(self) -> str:
         """The session's digest from the manifests alone (see ``combined_digest``); SessionCorrupt without one."""
@@ -244,10 +283,10 @@ class Store:
         digest = combined_digest(hashes, _DIGEST_ROLES) if complete else None
         return Verification(tuple(sorted(rows, key=lambda row: row.stage)), digest)
 
-    def _all_files(self) -> list[StageFiles]:
+    def _all_files(self) -> list[Hashed]:
         return [*self._frozen.values(), *(one for group in self._groups.values() for one in group.stages.values())]
 
-    def _current(self, stage: str) -> tuple[StageFiles, str]:
+    def _current(self, stage: str) -> tuple[Hashed, str]:
         if stage in self._frozen:
             return self._frozen[stage], "frozen"
         group = self._group_of[stage]

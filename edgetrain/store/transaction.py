@@ -90,8 +90,7 @@ class Transaction:
         elif overlap == 0 and self._group.manifest is not None:
             record = self._group.manifest.stages[stage]
             files.require(record.slot, role, record.hashes[role])
-            with disk.opened(files.path(record.slot), os.O_RDONLY) as fd:
-                disk.read_exactly(fd, into, position)
+            files.read(record.slot, role, into, offset)
         else:
             raise ValueError(
                 f"stage {stage}, {role}: of the {len(into)} bytes from {offset} the transaction wrote {overlap}"
@@ -133,10 +132,9 @@ class Transaction:
         group, before = self._group, self._group.manifest
         try:
             stages = dict(before.stages) if before else {}
-            for name, fd in self._fds.items():
+            for name in self._fds:
                 files, slot = group.stages[name], self._idle(name)
-                with disk.disk_errors(files.path(slot)):
-                    hashes = {role.name: files.hash_role(fd, role.name) for role in files.layout.roles}
+                hashes = {role.name: files.hash(slot, role.name) for role in files.layout.roles}
                 files.known.update(((slot, role), value) for role, value in hashes.items())
                 stages[name] = StageRecord(slot, hashes)
             # Hashed first and synced then: meanwhile the device works on what was started before.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgetrain.errors import EdgetrainError
-from edgetrain.store import disk
-from edgetrain.store.slot import StageFiles
+from edgetrain.store.slot import Hashed
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Verification:
     digest: str | None
 
 
-def check_stage(files: StageFiles, slot: str, expected: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
+def check_stage(files: Hashed, slot: str, expected: Mapping[str, str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """What is wrong with a stage's files, and the hash of each role that could be read from ``slot``."""
     problems: list[str] = []
     for one in files.layout.slots:
@@ -39,9 +37,8 @@ def check_stage(files: StageFiles, slot: str, expected: Mapping[str, str]) -> tu
             problems.append(error.message)
     hashes: dict[str, str] = {}
     try:
-        with disk.opened(files.path(slot), os.O_RDONLY) as fd:
-            for role in expected:
-                hashes[role] = files.hash_role(fd, role)
+        for role in expected:
+            hashes[role] = files.hash(slot, role)
     except EdgetrainError as error:
         problems.append(error.message)
     for role, value in hashes.items():

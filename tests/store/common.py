@@ -47,7 +47,7 @@ def new_store(path: Path) -> Store:
     """A complete session: frozen stage written, every group committed once, with content 0."""
     store = Store.create(path, GROUPS, [CODEBOOK])
     with store.lock(GROUPS):
-        store.write_frozen("codebook", memoryview(section(CODEBOOK, "frozen", 0)))
+        store.write_frozen("codebook", [memoryview(section(CODEBOOK, "frozen", 0))])
         for group in GROUPS:
             update(store, group, 0)
     return store

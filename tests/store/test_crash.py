@@ -82,7 +82,7 @@ def test_a_crash_in_creation_lets_it_be_finished(tmp_path: Path) -> None:
             store = Store.create(path, GROUPS, [CODEBOOK])
         with store.lock(GROUPS):
             if len(store.uncommitted) == len(GROUPS):
-                store.write_frozen("codebook", memoryview(section(CODEBOOK, "frozen", 0)))
+                store.write_frozen("codebook", [memoryview(section(CODEBOOK, "frozen", 0))])
             for group in store.uncommitted:
                 update(store, group, 0)
         assert sound(reopened(path))

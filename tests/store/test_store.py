@@ -149,8 +149,8 @@ def test_the_first_commit_needs_every_stage(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="codebook"):
             store.transaction("00")
         with pytest.raises(ValueError, match="240 of 4096"):
-            store.write_frozen("codebook", memoryview(bytes(240)))
-        store.write_frozen("codebook", memoryview(section(CODEBOOK, "frozen", 0)))
+            store.write_frozen("codebook", [memoryview(bytes(240))])
+        store.write_frozen("codebook", [memoryview(section(CODEBOOK, "frozen", 0))])
         transaction = store.transaction("00")
         with pytest.raises(ValueError, match="wrote 0"):
             transaction.read(LAYER.name, "m", memoryview(bytearray(10)))
@@ -160,7 +160,7 @@ def test_the_first_commit_needs_every_stage(tmp_path: Path) -> None:
         update(store, "00", 0)
         assert store.uncommitted == ("01",)
         with pytest.raises(ValueError, match="trained with it"):
-            store.write_frozen("codebook", memoryview(section(CODEBOOK, "frozen", 1)))
+            store.write_frozen("codebook", [memoryview(section(CODEBOOK, "frozen", 1))])
     with pytest.raises(SessionCorrupt, match="01"):
         store.digest()
     with pytest.raises(ValueError, match="committed state"):
@@ -324,7 +324,7 @@ def test_groups_of_sessions_with_other_frozen_stages_are_refused(tmp_path: Path)
     one = new_store(tmp_path / "one")
     other = Store.create(tmp_path / "other", GROUPS, [CODEBOOK])
     with other.lock(GROUPS):
-        other.write_frozen("codebook", memoryview(section(CODEBOOK, "frozen", 9)))
+        other.write_frozen("codebook", [memoryview(section(CODEBOOK, "frozen", 9))])
         for group in GROUPS:
             update(other, group, 0)
     shutil.copy(other.path / "groups/01/manifest.json", one.path / "groups/01/manifest.json")
@@ -381,8 +381,8 @@ def test_manifests_without_their_slots_are_noticed(tmp_path: Path) -> None:
 def test_a_slot_is_hashed_once_and_own_commits_never(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     again = reopened(store.path)
     hashed: list[str] = []
-    hash_role = StageFiles.hash_role
-    monkeypatch.setattr(StageFiles, "hash_role", lambda *args: (hashed.append(args[2]), hash_role(*args))[1])
+    hash_role = StageFiles.hash
+    monkeypatch.setattr(StageFiles, "hash", lambda *args: (hashed.append(args[2]), hash_role(*args))[1])
     for _ in range(2):
         content(again, LAYER, "weight")
     assert hashed == ["weight"]

@@ -1,0 +1,159 @@
+"""edgetrain generate"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgetrain.cli import options
+from edgetrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgetrain.checkpoint import Checkpoint
+    from edgetrain.session import Session
+
+
+def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    """FloatRange lets infinity and nan through."""
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not finite")
+    return value
+
+
+@click.command("generate")
+@click.argument("model", metavar="SESSION|DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--prompt", required=True, help="The text to go on from.")
+@click.option("--chat", is_flag=True, help="The prompt is a message of a user, for the model's chat template.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0),
+    callback=_finite,
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    callback=_finite,
+    default=1.0,
+    show_default=True,
+    help="Draw among the likeliest tokens that have this much probability together.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Decides what is drawn.")
+@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Write at most so many.")
+@options.BUDGET
+@options.DEVICE
+@options.THREADS
+@options.JSON
+def command(
+    model: Path,
+    prompt: str,
+    chat: bool,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    max_tokens: int,
+    budget: int | None,
+    device: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Text by the language model of a session, or of a Hugging Face folder DIR.
+
+    Layers that the budget has no room for are read again for each token; the text is the same. Without
+    --memory-budget a session has the budget of its training, and of a folder all is in memory.
+
+    \b
+    Examples:
+      edgetrain generate my-session --prompt "Once upon a time"
+      edgetrain generate SmolLM2-135M-Instruct --chat --prompt "What is rain?" --memory-budget 400MiB
+    """
+    options.check_device(device)
+    from devices.limits import prepare_process, return_freed_memory
+
+    prepare_process(threads)  # before tokenizing: memory that it frees then leaves the process
+    from edgetrain import generation
+    from edgetrain.session import Session
+
+    source = _open(model)
+    if isinstance(source, Session):
+        budget = options.saved_budget(source, budget)
+        spec, folder = source.spec.language, source.model_files
+    else:
+        spec, folder = source.model, source.folder
+    text = generation.Text(folder, spec.vocab_size)
+    tokens = generation.read_prompt(text, folder, prompt, chat)
+    generation.check_length(spec, len(tokens), max_tokens)
+    ends = generation.end_tokens(folder, text)
+    return_freed_memory()
+    options.start_torch(threads)
+    import devices
+    from devices import meter
+    from edgetrain.inference import Context, FolderWeights, LanguageModel, SessionWeights
+
+    weights = SessionWeights(source) if isinstance(source, Session) else FolderWeights(source)
+    language_model = LanguageModel(weights, devices.open_device(device))
+    total = len(tokens) + max_tokens
+    needed = language_model.workspace_bytes(len(tokens), len(tokens)) + language_model.context_bytes(total)
+    shows = sys.stdout.isatty() and not as_json
+    writer, pieces, made = generation.Writer(text, tokens.tolist()), [], []
+    with language_model.within(budget, needed, needed):
+        began = time.perf_counter()
+        context = Context(language_model, total)
+        sampling = generation.Sampling(temperature, top_p, seed)
+        for token in generation.generate(context.read, tokens, max_tokens, ends, sampling):
+            made.append(token)
+            if token not in ends:
+                pieces.append(writer.add(token))
+                if shows:
+                    click.echo(pieces[-1], nl=False)
+            if budget is not None and meter.usage().peak_bytes > budget:
+                break  # what holds the budget says so
+        pieces.append(writer.end())
+        seconds = time.perf_counter() - began
+    value: dict[str, Any] = {
+        "text": "".join(pieces),
+        "prompt_tokens": len(tokens),
+        "tokens": len(made),
+        "finish": "stop" if made[-1] in ends else "length",
+        "tokens_per_s": len(made) / seconds,
+        "peak_bytes": meter.usage().peak_bytes,
+        "budget_bytes": budget,
+    }
+    options.emit(value, as_json, lambda: pieces[-1] if shows else value["text"])
+    if sys.stderr.isatty() and not as_json:
+        click.echo(_summary(value), err=True)
+
+
+def _open(path: Path) -> Session | Checkpoint:
+    from edgetrain.checkpoint import open_checkpoint
+    from edgetrain.session import Session
+    from edgetrain.spec import LanguageModelSpec
+
+    if Session.exists(path):
+        session = Session.open(path)
+        if not (session.spec.is_exact and isinstance(session.spec.model, LanguageModelSpec)):
+            raise UsageError(f"{path} trains no language model", "Name the session of one, or its folder.")
+        return session
+    if not (path / "config.json").exists():
+        raise UsageError(
+            f"{path} is neither a session nor the folder of a model", "Such a folder has a config.json and its weights."
+        )
+    return open_checkpoint(path)
+
+
+def _summary(value: dict[str, Any]) -> str:
+    from edgetrain.units import format_bytes
+
+    budget = value["budget_bytes"]
+    of_budget = f" of {format_bytes(budget)}" if budget is not None else ""
+    return (
+        f"{value['tokens']} tokens, {value['tokens_per_s']:.1f} a second; "
+        f"peak {format_bytes(value['peak_bytes'])}{of_budget}"
+    )

@@ -1,0 +1,82 @@
+"""Rotary positions: pairs of a head's elements turned by an angle that grows with the position (arXiv 2104.09864).
+
+The tables are no state of any module: layers are skeletons bound again and again, and all of a model share one table.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from edgetrain.spec import LanguageModelSpec
+
+Tables = tuple[Tensor, Tensor]
+
+
+def inverse_frequencies(model: LanguageModelSpec, device: torch.device | None = None) -> Tensor:
+    """theta_i (head_dim / 2), float32, in transformers' order of operations (arXiv 2104.09864, equation 15)."""
+    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
+    frequencies = 1.0 / (model.rope_theta**exponents)
+    if model.rope_scaling == "linear":
+        return frequencies / model.rope_factor
+    if model.rope_scaling == "llama3":
+        return _llama3(model, frequencies)
+    return frequencies
+
+
+def _llama3(model: LanguageModelSpec, frequencies: Tensor) -> Tensor:
+    """Short wavelengths as they are, long ones stretched by the factor, a smooth passage between (Llama 3.1)."""
+    low, high, length = model.rope_low_freq_factor, model.rope_high_freq_factor, model.rope_original_length
+    wavelengths = 2 * math.pi / frequencies
+    stretched = frequencies / model.rope_factor
+    smooth = (length / wavelengths - low) / (high - low)
+    between = (1 - smooth) * stretched + smooth * frequencies
+    scaled = torch.where(wavelengths > length / low, stretched, between)
+    return torch.where(wavelengths < length / high, frequencies, scaled)
+
+
+@functools.lru_cache(maxsize=4)
+def tables(model: LanguageModelSpec, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tables:
+    """cos and sin of the angles at positions ``offset ... offset + length - 1``, each (length, 1, head_dim / 2).
+
+    Angles are computed in float32 and rounded to ``dtype`` last, as transformers does.
+    """
+    with torch.inference_mode(False):  # the cache outlives the caller's mode
+        positions = torch.arange(offset, offset + length, dtype=torch.float32, device=device)
+        angles = (positions[:, None] * inverse_frequencies(model, device))[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """Turns by ``sign`` times the angle. Element i is paired with i + head_dim / 2, as in Hugging Face weights."""
+    out = torch.empty_like(x)
+    (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
+    torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """Linear and orthogonal: backward turns the other way, and needs nothing but the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.tables = (cos, sin)  # shared constants: neither saved for each layer nor offloaded with what is saved
+        return _turn(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        cos, sin = ctx.tables
+        return _turn(gradient, cos, sin, -1), None, None
+
+
+def rotate(x: Tensor, model: LanguageModelSpec, offset: int) -> Tensor:
+    """x (n, tokens, heads, head_dim), the first token at position ``offset`` -> the same, rotated."""
+    turned: Tensor = _Rotate.apply(x, *tables(model, x.shape[1], offset, x.dtype, x.device))
+    return turned

@@ -1,0 +1,205 @@
+"""The plan of exact training from a made-up probe, and the sizes it rests on against the trainer's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgetrain.errors import BudgetInfeasible
+from edgetrain.plan import MARGIN_BYTES, SAME_TIME, Curve, Plan, StreamedChoice
+from edgetrain.spec import Spec, resolve
+from edgetrain.stages import exact_stages
+from edgetrain.streamed_plan import (
+    LayerProbe,
+    StreamedProbe,
+    _Sizes,
+    make_streamed_plan,
+    smallest_streamed_budget_bytes,
+)
+from edgetrain.units import MIB
+from tests.language_models import advance, cut_small, make_spec, new_session, open_trainer, shapes
+
+SMOL = {
+    "model": {
+        "family": "llama", "vocab_size": 49152, "width": 576, "depth": 30, "heads": 9, "kv_heads": 3, "head_dim": 64,
+        "mlp_width": 1536, "max_length": 2048,
+    },
+    "data": {"source": "none", "length": 256},
+    "train": {"objective": "exact", "batch_size": 16},
+}  # fmt: skip
+
+
+def smol(**changes: Any) -> Spec:
+    return resolve(SMOL, {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def line(per_example: float, fixed: float = 0.0) -> Curve:
+    return Curve([[(n, fixed + per_example * n) for n in (1, 2, 4)]])
+
+
+def made_up(spec: Spec, saved: float = 6e6, own_bytes: int = 240 * MIB) -> StreamedProbe:
+    """A machine on which recomputing costs a third more and offloading a fifth more."""
+    per_layer = LayerProbe(line(saved), {"recompute": line(0.4), "keep": line(0.3), "offload": line(0.36)})
+    boundary_bytes = 4 * spec.text.length * spec.language.width
+    return StreamedProbe(
+        shapes(spec), None, own_bytes, 230 * MIB, boundary_bytes, line(30e6, 2e6), {"layer": per_layer},
+        line(0.05, 0.01), {"recompute": line(0.05), "keep": line(0.03), "offload": line(0.04)},
+    )  # fmt: skip
+
+
+SPECS = {
+    "tiny": make_spec(train__batch_size=4),
+    "smol": smol(),
+    "smol, one example at a time": smol(train__micro_batch=1),
+    "lora": smol(exact__train="lora"),
+    "last layers": smol(exact__train="last", exact__last_layers=3),
+    "clipped as a whole": smol(optimizer__clip_over="global"),
+}
+
+
+def budgets(spec: Spec, probe: StreamedProbe) -> list[int]:
+    """From the smallest to more than is of any use."""
+    smallest = smallest_streamed_budget_bytes(spec, probe, None)
+    return [smallest + round(i**3 * 60 * MIB) for i in range(9)]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_more_memory_is_never_slower(name: str) -> None:
+    spec = SPECS[name]
+    probe = made_up(spec)
+    plans = [make_streamed_plan(spec, probe, budget, 1) for budget in budgets(spec, probe)]
+    for plan in plans:
+        assert sum(plan.owners.values()) == plan.peak_bytes
+        assert min(plan.owners.values()) >= 0
+        assert plan.peak_bytes + MARGIN_BYTES <= plan.budget_bytes
+        assert plan.smallest_budget_bytes == plans[0].budget_bytes
+        assert 1 <= plan.choice.micro_batch <= spec.train.batch_size
+    for small, large in itertools.pairwise(plans):
+        assert large.step_s <= small.step_s * SAME_TIME
+    last = plans[-1].choice
+    assert isinstance(last, StreamedChoice)
+    assert last.resident
+    assert last.kept_layers == spec.model.depth
+    if name != "tiny":
+        assert plans[-1].step_s < 0.9 * plans[0].step_s
+        assert not plans[0].choice.resident  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_budget_too_small_is_refused_with_the_one_that_does(name: str) -> None:
+    spec = SPECS[name]
+    probe = made_up(spec)
+    smallest = smallest_streamed_budget_bytes(spec, probe, None)
+    with pytest.raises(BudgetInfeasible) as caught:
+        make_streamed_plan(spec, probe, smallest - 1, 1)
+    assert caught.value.exit_code == 3
+    assert f"({smallest} bytes)" in str(caught.value)
+    advised = math.ceil(smallest * 1.01 / MIB)
+    assert f"--memory-budget {advised}MiB" in str(caught.value)
+    make_streamed_plan(spec, probe, advised * MIB, 1)
+    make_streamed_plan(spec, probe, smallest, 1)
+
+
+def test_a_refusal_names_what_lowers_the_smallest() -> None:
+    spec = smol(train__micro_batch=8)
+    probe = made_up(spec)
+    with pytest.raises(BudgetInfeasible, match=r"train\.micro_batch=1, with which (\d+)MiB will do") as caught:
+        make_streamed_plan(spec, probe, 100 * MIB, 1)
+    named = int(str(caught.value).split("with which ")[1].split("MiB")[0])
+    one = dataclasses.replace(spec, train=dataclasses.replace(spec.train, micro_batch=1))
+    assert make_streamed_plan(one, probe, named * MIB, 1).choice.micro_batch == 1
+    with pytest.raises(BudgetInfeasible, match=r"data\.length"):
+        make_streamed_plan(smol(), probe, 100 * MIB, 1)
+
+
+def test_no_budget_below_the_probes_own_peak() -> None:
+    spec = SPECS["tiny"]
+    probe = made_up(spec, own_bytes=900 * MIB)
+    with pytest.raises(BudgetInfeasible):
+        make_streamed_plan(spec, probe, 899 * MIB, 1)
+    make_streamed_plan(spec, probe, 900 * MIB, 1)
+
+
+def test_what_is_forced_is_chosen() -> None:
+    spec = smol()
+    probe = made_up(spec)
+    for forced in ("recompute", "offload"):
+        choice = make_streamed_plan(spec, probe, 8000 * MIB, 1, forced).choice
+        assert isinstance(choice, StreamedChoice)
+        assert (choice.activations, choice.kept_layers) == (forced, 0)
+    choice = make_streamed_plan(spec, probe, 8000 * MIB, 1, "keep").choice
+    assert isinstance(choice, StreamedChoice)
+    assert choice.kept_layers == 30
+    with pytest.raises(BudgetInfeasible):
+        make_streamed_plan(spec, probe, 400 * MIB, 1, "keep")
+
+
+def test_depth_costs_disk_and_not_memory() -> None:
+    """Thirty layers need what ten do, but for what lies between them."""
+    smallest = {}
+    for depth in (10, 30):
+        spec = smol(model__depth=depth)
+        smallest[depth] = smallest_streamed_budget_bytes(spec, made_up(spec), None)
+    assert smallest[30] == smallest[10]
+
+
+def test_a_probe_comes_back_from_json() -> None:
+    spec = SPECS["tiny"]
+    probe = made_up(spec)
+    points = lambda curve: curve.points[0]  # noqa: E731
+    value = {
+        "shapes": probe.shapes, "budget_bytes": None, "own_bytes": probe.own_bytes,
+        "runtime_bytes": probe.runtime_bytes, "boundary_bytes": probe.boundary_bytes,
+        "step_bytes": points(probe.step_bytes), "fixed_s": points(probe.fixed_s),
+        "layers": {
+            kind: {"saved_bytes": points(one.saved_bytes), "seconds": {k: points(c) for k, c in one.seconds.items()}}
+            for kind, one in probe.layers.items()
+        },
+        "chunk_s": {kind: points(one) for kind, one in probe.chunk_s.items()},
+    }  # fmt: skip
+    again: list[Plan] = [make_streamed_plan(spec, one, 400 * MIB, 1) for one in (probe, StreamedProbe.from_json(value))]
+    assert again[0] == again[1]
+
+
+CHOICES = [
+    StreamedChoice(2),
+    StreamedChoice(2, kept_layers=2),
+    StreamedChoice(2, kept_layers=3),
+    StreamedChoice(2, resident=True),
+    StreamedChoice(2, kept_layers=1, resident=True),
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__tied": False},
+        {"exact__train": "lora"},
+        {"exact__train": "last"},
+        {"optimizer__clip_over": "global"},
+    ],
+)
+@pytest.mark.usefixtures("one_thread")
+def test_buffers_are_what_the_trainer_allocates(
+    changes: dict[str, Any], choice: StreamedChoice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_small(monkeypatch.setattr)
+    spec = make_spec(model__width=64, model__mlp_width=256, model__head_dim=16, **changes)
+    sizes = _Sizes(spec, made_up(spec))
+    owners = sizes.owners(choice)
+    trainer = open_trainer(new_session(tmp_path / "s", spec), choice)
+    buffers = sum(owners[name] for name in ("weights", "gradients", "moments", "resident"))
+    allocated = trainer.device.allocated_bytes()
+    assert abs(allocated - buffers) <= 4096 * (2 + 5 * len(exact_stages(spec).units)), "but for whole pages"
+    assert abs(allocated - buffers) <= 0.25 * buffers
+    done = advance(tmp_path / "s", choice, steps=1)
+    spilled = sum(buffer.nbytes for buffer in done.trainer._spill._held.values())
+    assert owners.get("spilled", 0) == (spilled if choice.resident else 0)
+    assert choice.resident or sizes.scratch_bytes(choice) == spilled
