@@ -75,6 +75,7 @@ class Training:
         self.threads = threads or torch.get_num_threads()
         self._probes: dict[Spec, StreamedProbe] = {}
         source = located(model) if isinstance(model, str) else ""
+        self._in_file = bool(source)
         self.stack = load_stack(source) if isinstance(model, str) else model if isinstance(model, Stack) else model()
         if not isinstance(self.stack, Stack):
             raise BadInput(
@@ -192,7 +193,7 @@ class Training:
         from edgetrain.cli.probe import probed_beside
         from edgetrain.streamed_plan import StreamedProbe
 
-        if not spec.data.source:
+        if not self._in_file:
             if spec not in self._probes:
                 with _as_it_was(torch):
                     torch.set_num_threads(self.threads)
@@ -243,7 +244,7 @@ def _changed(session: Session, source: str, changes: dict[str, Any]) -> Spec:
 
     if not isinstance(session.spec.model, StackSpec):
         raise UsageError(f"{session.path} has a model of its own: {session.spec.model.family}", "Use edgetrain train.")
-    spec = resolve(tomllib.loads(to_toml(session.spec)), {**changes, "data.source": source})
+    spec = resolve(tomllib.loads(to_toml(session.spec)), changes | ({"data.source": source} if source else {}))
     if difference(session.spec, spec):
         session.check_change(spec)
     return spec

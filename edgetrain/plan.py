@@ -14,11 +14,11 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgetrain import __version__
 from edgetrain.errors import BudgetInfeasible
@@ -28,6 +28,8 @@ from edgetrain.stack import source_hash
 from edgetrain.stages import Shapes, frozen, groups, largest_block
 from edgetrain.units import MIB, format_bytes
 
+C = TypeVar("C")
+
 ACTIVATIONS = ("keep", "recompute", "offload")
 
 # Kept free between the predicted peak and the budget: the limit leaves 8.5 MiB for file pages that may yet be read in,
@@ -35,7 +37,7 @@ ACTIVATIONS = ("keep", "recompute", "offload")
 MARGIN_BYTES = 10 * MIB
 MARGIN_OF_ACTIVATIONS = 0.03
 _MARGIN_OF_ADVICE = 0.01  # a budget that an error names must do, though the next probe may measure a little more
-SAME_TIME = 1.05  # what the probe's clock cannot tell apart
+_SAME_TIME = 1.05  # what the probe's clock cannot tell apart
 CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
 
 
@@ -174,14 +176,8 @@ def make_plan(
     """
     candidates = list(_candidates(spec, probe, activations))
     smallest = smallest_budget_bytes(spec, probe, activations)
-    fitting = [one for one in candidates if _needed_bytes(one[1]) <= budget_bytes]
-    if budget_bytes < smallest:
-        owners = min((owners for _, owners, _ in candidates), key=_needed_bytes)
-        knob = "." if spec_is_fixed else _best_knob(spec, probe, activations, smallest)
-        raise infeasible(budget_bytes, smallest, owners, knob)
-    # Between equal times the first, which splits and moves least.
-    fastest = min(seconds for _, _, seconds in fitting)
-    choice, owners, seconds = next(one for one in fitting if one[2] <= SAME_TIME * fastest)
+    knob = None if spec_is_fixed else lambda: _best_knob(spec, probe, activations, smallest)
+    choice, owners, seconds = choose(candidates, _needed_bytes, budget_bytes, smallest, knob)
     trained = sum(t.section_bytes("weight") for t in largest_block(spec, probe.shapes) if t.trained)
     return Plan(
         budget_bytes=budget_bytes,
@@ -202,15 +198,39 @@ def _per_step(trained_bytes: int, choice: Choice, visit_steps: int) -> int:
     return trained_bytes * (3 if choice.moments_resident else 1 + 2 * visit_steps) // visit_steps
 
 
-def infeasible(budget_bytes: int, smallest: int, owners: Mapping[str, int], knob: str) -> BudgetInfeasible:
-    """The refusal of a budget. ``knob`` ends the hint: what else would do."""
-    largest = max(owners, key=lambda name: owners[name])
-    return BudgetInfeasible(
-        f"{format_bytes(budget_bytes)} are too little: the least this training can do with is "
-        f"{format_bytes(smallest)} ({smallest} bytes), the largest part of it {largest} with "
-        f"{format_bytes(owners[largest])}",
-        f"Use --memory-budget {advised_mib(smallest)}MiB{knob}",
-    )
+Way = tuple[C, dict[str, int], float]
+"""A choice, the bytes that it needs by owner, and the seconds of a step."""
+
+
+def choose(
+    candidates: Sequence[Way[C]],
+    needed_bytes: Callable[[Mapping[str, int]], int],
+    budget_bytes: int,
+    smallest: int,
+    knob: Callable[[], str] | None,
+) -> Way[C]:
+    """The fastest way inside the budget; between equal times the first, which splits and moves least.
+
+    Args:
+        needed_bytes: the budget that owners need, margins included.
+        smallest: the least that is planned with.
+        knob: how the hint of a refusal ends: what else would do.
+
+    Raises:
+        BudgetInfeasible: there is none; names the largest owner and the smallest budget.
+    """
+    fitting = [one for one in candidates if needed_bytes(one[1]) <= budget_bytes]
+    if not fitting or budget_bytes < smallest:
+        owners = min((owners for _, owners, _ in candidates), key=needed_bytes)
+        largest = max(owners, key=lambda name: owners[name])
+        raise BudgetInfeasible(
+            f"{format_bytes(budget_bytes)} are too little: the least this training can do with is "
+            f"{format_bytes(smallest)} ({smallest} bytes), the largest part of it {largest} with "
+            f"{format_bytes(owners[largest])}",
+            f"Use --memory-budget {advised_mib(smallest)}MiB{knob() if knob else '.'}",
+        )
+    fastest = min(seconds for _, _, seconds in fitting)
+    return next(one for one in fitting if one[2] <= _SAME_TIME * fastest)
 
 
 def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[Choice, dict[str, int], float]]:

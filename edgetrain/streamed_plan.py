@@ -16,12 +16,11 @@ from edgetrain.pieces import buffer_bytes
 from edgetrain.plan import (
     CACHED_BYTES_PER_S,
     MARGIN_OF_ACTIVATIONS,
-    SAME_TIME,
     Curve,
     Plan,
     StreamedChoice,
     advised_mib,
-    infeasible,
+    choose,
     session_bytes,
     splits,
 )
@@ -31,7 +30,7 @@ from edgetrain.store.layout import StageLayout
 from edgetrain.units import MIB
 
 _COMMIT_EVERY_S = 60.0
-# Of it the limit keeps 8.5 MiB for file pages; predictions are low by up to 2 per cent, and a long training grows a little.
+# The limit keeps 8.5 MiB of it for file pages; predictions are low by up to 2 per cent, and a process grows a little.
 _MARGIN_BYTES = 15 * MIB
 _GRAPH_BYTES = 24 << 10  # of the Python objects that a kept layer takes for each micro-batch
 _OTHER_BOUNDARIES = 4  # gradients, hidden states of the head and theirs, what was looked up
@@ -102,12 +101,8 @@ def make_streamed_plan(
     sizes = _Sizes(spec, probe)
     candidates = list(_candidates(sizes, budget_bytes, activations))
     smallest = smallest_streamed_budget_bytes(spec, probe, activations)
-    fitting = [one for one in candidates if _needed_bytes(one[1]) <= budget_bytes]
-    if not fitting or budget_bytes < smallest:
-        owners = min((owners for _, owners, _ in candidates), key=_needed_bytes)
-        raise infeasible(budget_bytes, smallest, owners, "." if spec_is_fixed else _knob(spec, probe))
-    fastest = min(seconds for _, _, seconds in fitting)
-    choice, owners, seconds = next(one for one in fitting if one[2] <= SAME_TIME * fastest)
+    knob = None if spec_is_fixed else lambda: _knob(spec, probe)
+    choice, owners, seconds = choose(candidates, _needed_bytes, budget_bytes, smallest, knob)
     written = sizes.written_bytes(choice, seconds)
     return Plan(
         budget_bytes=budget_bytes,

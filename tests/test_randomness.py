@@ -13,7 +13,7 @@ STREAM = Stream(12345, Purpose.NOISE, 2, 7)
 def test_the_purposes_are_part_of_the_session_format():
     assert {purpose.name: purpose.value for purpose in Purpose} == {
         "INIT": 0, "CODEBOOK": 1, "ORDER": 2, "SHIFT": 3, "FLIP": 4, "SIGMA": 5, "NOISE": 6, "EVALUATION_NOISE": 7,
-        "SPLIT": 8,
+        "SPLIT": 8, "DROPOUT": 9, "ROUNDING": 10, "SAMPLING": 11, "EXAMPLE": 12,
     }  # fmt: skip
 
 

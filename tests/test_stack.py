@@ -415,6 +415,12 @@ def test_a_program_trains_stops_and_resumes(tmp_path: Path, monkeypatch: pytest.
         edgetrain.Training(made, tmp_path / "a", memory_budget="50MiB").plan()
 
 
+def test_a_live_stack_leaves_the_session_its_file(tmp_path: Path) -> None:
+    made, source = stack(), f"{tmp_path}/my.py:build"
+    create(tmp_path / "s", spec_of(describe(made), source, {}, {}), None, dataset=made)  # type: ignore[arg-type]
+    assert edgetrain.Training(made, tmp_path / "s", memory_budget="1GiB").spec.data.source == source
+
+
 def test_settings_that_are_none(tmp_path: Path) -> None:
     made = stack()
     for changes, message in (

@@ -21,7 +21,9 @@ from devices import Tier
 from edgetrain.architectures import checkpoint_name
 from edgetrain.boundaries import Boundaries
 from edgetrain.models import build_network
+from edgetrain.optim import round_to_bf16
 from edgetrain.plan import StreamedChoice
+from edgetrain.randomness import Purpose, Stream
 from edgetrain.resident import Resident
 from edgetrain.spec import OptimizerSpec, Spec
 from edgetrain.stages import Unit, exact_stages
@@ -101,12 +103,17 @@ def trained(folder: Path, name: str, choice: StreamedChoice, device: str = "cpu"
     return advance(path, choice, device)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_no_choice_changes_a_bit(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "thoroughly"),
+    [pytest.param(name, True, marks=[] if name in WITH_ALL else pytest.mark.slow) for name in SPECS]
+    + [(name, False) for name in SPECS if name not in WITH_ALL],
+)
+def test_no_choice_changes_a_bit(name: str, thoroughly: bool, tmp_path: Path) -> None:
     expected = trained(tmp_path, name, PLAIN)
     assert None not in expected.losses
-    all_choices, number = choices(SPECS[name][0].model.depth), list(SPECS).index(name)
-    for choice, device in all_choices if name in WITH_ALL else [all_choices[(number + i) % 7] for i in (0, 3)]:
+    every = choices(SPECS[name][0].model.depth)
+    number = list(SPECS).index(name) % len(every)
+    for choice, device in every if thoroughly else every[number : number + 1]:
         found = trained(tmp_path, name, choice, device)
         assert found == expected, f"{choice} on {device}"
         assert found.trainer.retries == 0
@@ -126,6 +133,36 @@ def test_no_combination_of_choices_changes_a_bit(name: str, tmp_path: Path) -> N
     for activations, kept, resident, boundaries, logits, device in everything:
         choice = StreamedChoice(MICRO_BATCH, activations, kept, resident, boundaries, logits)
         assert trained(tmp_path, name, choice, device) == expected, f"{choice} on {device}"
+
+
+# ------------------------------------------------------------------------------------------- rounding to bf16
+
+
+def test_rounding_goes_to_a_neighbour_and_keeps_the_mean() -> None:
+    values = torch.linspace(1, 1 + 2**-7, 9)[:-1].repeat_interleave(4000)  # between two numbers that bf16 has
+    rounded = values.clone()
+    round_to_bf16(rounded, Stream(0, Purpose.ROUNDING, 3, 7), 0)
+    assert set(rounded.tolist()) == {1.0, 1 + 2**-7}
+    means = rounded.view(8, -1).mean(1)
+    np.testing.assert_allclose(means, values.view(8, -1)[:, 0], rtol=0, atol=4 * 2**-7 / 2 / 4000**0.5)
+    kept = torch.tensor([0.0, -0.0, 1.0, -2.5, torch.inf])
+    exact = kept.clone()
+    round_to_bf16(exact[:4], Stream(0, Purpose.ROUNDING, 3, 7), 0)
+    assert torch.equal(exact, kept)
+
+
+def test_rounding_depends_on_the_element_and_not_on_the_piece() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    whole, stream = values.clone(), Stream(5, Purpose.ROUNDING, 3, 7)
+    round_to_bf16(whole, stream, 0)
+    assert torch.equal(whole, whole.bfloat16().float())
+    parts = values.clone()
+    for first, last in itertools.pairwise((0, 1, 17, 500, 1000)):
+        round_to_bf16(parts[first:last], stream, first)
+    assert torch.equal(parts, whole)
+    other = values.clone()
+    round_to_bf16(other, Stream(5, Purpose.ROUNDING, 3, 8), 0)
+    assert not torch.equal(other, whole)
 
 
 # ------------------------------------------------------------------------------------------------ the true gradient
