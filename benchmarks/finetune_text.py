@@ -16,7 +16,7 @@ from common import edgetrain, environment, mib, parser, progress, report, settin
 from language import king_james, smollm2
 
 _PROMPTS = ("And it came to pass in those days, that", "The LORD is my")
-_LENGTH, _SEQUENCES = 128, 2
+_LENGTH, _SEQUENCES = 128, 1
 
 
 def in_memory(session: Path, steps: int, limit: int) -> float:

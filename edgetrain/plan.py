@@ -59,7 +59,8 @@ class StreamedChoice:
 
     ``kept_layers``: so many of the last layers stay resident from forward to backward, with what autograd saved;
     ``activations`` "recompute" or "offload": what becomes of those of the others. ``resident``: weights and moments of
-    everything stay. ``boundaries`` "memory" or "moved"; ``logits`` "keep", "recompute" or "offload".
+    everything stay. ``boundaries`` "memory" or "moved"; ``logits`` "keep", "recompute" or "offload". ``keeps_freed``:
+    freed memory stays with the process, which is faster and takes more of it.
     """
 
     micro_batch: int
@@ -68,12 +69,14 @@ class StreamedChoice:
     resident: bool = False
     boundaries: str = "memory"
     logits: str = "recompute"
+    keeps_freed: bool = False
 
     def describe(self) -> str:
         state = "resident" if self.resident else "streamed"
         return (
             f"weights and moments {state}, activations {self.activations} but for the last {self.kept_layers} layers, "
             f"boundaries {self.boundaries}, logits {self.logits}"
+            + (", freed memory used again" if self.keeps_freed else "")
         )
 
 

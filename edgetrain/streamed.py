@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from devices import Device, Tier
-from devices.limits import is_out_of_memory, return_freed_memory
+from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory
 from edgetrain.activations import SMALLEST_OFFLOADED_BYTES, Activations, Keep, Offload
 from edgetrain.boundaries import Boundaries, Spill
 from edgetrain.engine import Rewind, Settle, SmallerMicroBatch, Step, Trainer, halved, warm_up_kernels
@@ -197,6 +197,7 @@ class StreamedTrainer(Trainer):
         return "keep" if self.choice.kept_layers == len(self.stages.layers) else self.choice.activations
 
     def warm_up(self, progress: BlockProgress) -> None:
+        keep_freed_memory(self.choice.keeps_freed)
         self.window.touch()
         for resident, _ in self._pinned.values():
             resident.touch()
@@ -288,6 +289,7 @@ class StreamedTrainer(Trainer):
         """After memory ran out."""
         self._clear()
         self._in_window = None
+        keep_freed_memory(False)
         return_freed_memory()
         self.retries += 1
 

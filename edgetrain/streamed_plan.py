@@ -33,6 +33,9 @@ _COMMIT_EVERY_S = 60.0
 # The limit keeps 8.5 MiB of it for file pages; predictions are low by up to 2 per cent, and a process grows a little.
 _MARGIN_BYTES = 15 * MIB
 _GRAPH_BYTES = 24 << 10  # of the Python objects that a kept layer takes for each micro-batch
+_FREED_BYTES = 20 * MIB  # holes of a heap, as measured with models of 4 to 135 million parameters
+_SPARE_BYTES = 64 * MIB
+_WITHOUT_FAULTS = 0.85  # of the time: what a step takes that maps no memory anew
 _OTHER_BOUNDARIES = 4  # gradients, hidden states of the head and theirs, what was looked up
 
 
@@ -139,7 +142,9 @@ def smallest_streamed_budget_bytes(spec: Spec, probe: StreamedProbe, activations
 
 
 def _needed_bytes(owners: Mapping[str, int]) -> int:
-    return sum(owners.values()) + _MARGIN_BYTES + round(MARGIN_OF_ACTIVATIONS * owners["activations"])
+    # Where freed memory stays, the limit must not be reached: then small requests fail, which nobody can answer.
+    spare = _SPARE_BYTES + owners["freed"] // 4 if "freed" in owners else 0
+    return sum(owners.values()) + _MARGIN_BYTES + round(MARGIN_OF_ACTIVATIONS * owners["activations"]) + spare
 
 
 def _bytes_at(curve: Curve, micro_batch: int) -> float:
@@ -233,6 +238,9 @@ class _Sizes:
             owners["kept"] = max(0, owners["kept"] - len(kept) * batch * probe.boundary_bytes)
         if choice.logits == "keep":
             owners["logits"] = batch * self._logits_bytes
+        if choice.keeps_freed:
+            waiting = sum(owners.get(name, 0) for name in ("kept", "boundaries", "logits"))
+            owners["freed"] = _FREED_BYTES + 2 * owners["activations"] + waiting // 2
         if choice.resident and (spilled := self._spilled_bytes):
             owners["spilled"] = spilled
         return owners
@@ -271,6 +279,8 @@ class _Sizes:
             total += len(self.stages.output) * max(_seconds_at(probe.chunk_s[policy], n) for policy in policies)
         # Weights are read forward and backward and written, moments are read and written.
         moved = 0 if choice.resident else 7 * self.trained_bytes + 2 * self.frozen_bytes
+        if choice.keeps_freed:
+            total *= _WITHOUT_FAULTS
         return total * parts + (moved + self.scratch_bytes(choice)) / CACHED_BYTES_PER_S
 
     def scratch_bytes(self, choice: StreamedChoice) -> int:
@@ -310,10 +320,13 @@ def _candidates(
             for boundaries in ("memory", "moved"):
                 for logits in ("keep", "recompute", "offload") if has_table else ("recompute",):
                     for activations in [forced] if forced in ("recompute", "offload") else ["recompute", "offload"]:
-                        base = StreamedChoice(micro_batch, activations, 0, resident, boundaries, logits)
-                        for kept in _kept(sizes, base, budget_bytes, depth, forced):
-                            choice = dataclasses.replace(base, kept_layers=kept)
-                            yield choice, sizes.owners(choice), sizes.seconds(choice)
+                        for keeps_freed in (True, False):
+                            base = StreamedChoice(
+                                micro_batch, activations, 0, resident, boundaries, logits, keeps_freed
+                            )
+                            for kept in _kept(sizes, base, budget_bytes, depth, forced):
+                                choice = dataclasses.replace(base, kept_layers=kept)
+                                yield choice, sizes.owners(choice), sizes.seconds(choice)
 
 
 def _kept(sizes: _Sizes, base: StreamedChoice, budget_bytes: int, depth: int, forced: str | None) -> Sequence[int]:

@@ -37,15 +37,25 @@ def _same(x: Tensor) -> Tensor:
 
 
 class _Map(torch.autograd.Function):
-    """x (..., in) -> x W^T + b (..., out). W may be a transposed view: no product copies it."""
+    """x (..., in) -> x W^T + b (..., out). W may be a transposed view: no product copies it.
+
+    ``into``: where the gradient of W is added by the product itself, if there is such memory: that saves a tensor as
+    large as W, and with it most of what a step asks of the allocator.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, make: Callable[..., Tensor], *sources: Tensor
+    def forward(  # noqa: PLR0917 (autograd passes all by position)
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        into: Tensor | None,
+        make: Callable[..., Tensor],
+        *sources: Tensor,
     ) -> Tensor:
         # A frozen weight wants no gradient, so its input isn't needed again.
         ctx.save_for_backward(weight, *(sources if ctx.needs_input_grad[1] else ()))
-        ctx.make, ctx.num_sources = make, len(sources)
+        ctx.into, ctx.make, ctx.num_sources = into, make, len(sources)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -57,15 +67,20 @@ class _Map(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             x = ctx.make(*sources)
             x = x.reshape(-1, x.shape[-1])
-            # In the memory layout of the weight, so that it is added to its gradient row by row.
-            dw = flat.T @ x if weight.is_contiguous() else (x.T @ flat).T
+            # In the memory layout of the weight.
+            if ctx.into is None:
+                dw = flat.T @ x if weight.is_contiguous() else (x.T @ flat).T
+            elif weight.is_contiguous():
+                ctx.into.addmm_(flat.T, x)
+            else:
+                ctx.into.T.addmm_(x.T, flat)
             del x
         if ctx.needs_input_grad[0]:
             dx = (flat @ weight).view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[2]:
             db = flat.sum(0)
         # The sources get their gradient through x: here they only stand in for its values.
-        return dx, dw, db, None, *(None,) * ctx.num_sources
+        return dx, dw, db, None, None, *(None,) * ctx.num_sources
 
 
 class _Masked(torch.autograd.Function):
@@ -108,8 +123,10 @@ class LinearMap(nn.Module):
     def forward(self, x: Tensor | Derived) -> Tensor:
         """x (..., in) -> (..., out)."""
         given = x if isinstance(x, Derived) else Derived(x, _same, (x,))
-        weight = self.weight.T if self.in_out else self.weight
-        y: Tensor = _Map.apply(given.value, weight, self.bias, given.make, *given.sources)
+        weight, into = (self.weight.T if self.in_out else self.weight), self.weight.grad
+        if self.in_out and into is not None:
+            into = into.T
+        y: Tensor = _Map.apply(given.value, weight, self.bias, into, given.make, *given.sources)
         if self.lora_A is None or self.lora_B is None:
             return y
         low = self.lora_A(self._dropped(given))

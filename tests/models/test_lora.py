@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgetrain.adapters import initial_adapter
 from edgetrain.errors import UsageError
 from edgetrain.models.gpt2 import GPT2Layer
 from edgetrain.models.llama import LlamaLayer
-from edgetrain.models.lora import Conv1D, Derived, DropoutMasks, Linear, LinearMap, initial_adapter, set_masks, wrap
+from edgetrain.models.lora import Conv1D, Derived, DropoutMasks, Linear, LinearMap, set_masks, wrap
 from edgetrain.randomness import Purpose, Stream, uniform
 from edgetrain.spec import LanguageModelSpec
 from tests.models import on_meta, random_layer, randomise, saved_bytes
