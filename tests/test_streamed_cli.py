@@ -221,6 +221,10 @@ def test_a_vit_is_trained_exactly_by_a_recipe(place: Place) -> None:
     assert (done["status"], done["step"]) == ("complete", 4)
     assert done["peak_bytes"] == pytest.approx(done["plan_peak_bytes"], rel=0.05)
     assert done["peak_bytes"] <= done["budget_bytes"]
+    (result,) = place.json("evaluate", "v", "--threads", 1)["results"]
+    assert (result["readout"], result["num_examples"]) == ("top-1", 360)
+    assert 0 <= result["value"] <= 100
+    assert "exact objective" in place.json("export", "v", "--to", "out", exit_code=2)["message"]
 
 
 @pytest.mark.slow
