@@ -221,7 +221,10 @@ class Session:
         """What is committed of ``block``."""
         state = self.store.manifest(group_of_block(self.spec, block)).state
         try:
-            return BlockProgress.from_state(state["blocks"][str(block)])
+            progress = BlockProgress.from_state(state["blocks"][str(block)])
+            if not progress.micro_batches and not self.spec.is_exact:
+                raise ValueError("no micro-batch")
+            return progress
         except (KeyError, TypeError, ValueError) as error:
             raise SessionCorrupt(f"{self.path}: the manifest of block {block} holds no progress: {error}") from error
 
