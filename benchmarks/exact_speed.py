@@ -20,6 +20,8 @@ from common import edgetrain, environment, mib, parser, progress, report, settin
 from exact_arm import cpu_s
 from language import king_james, smollm2
 
+from devices.limits import without_block_cache
+
 _ARM = Path(__file__).with_name("exact_arm.py")
 _COMMIT_EVERY_S = 60.0
 
@@ -41,9 +43,10 @@ class Arm:
         self.losses: list[float] = []
         self.peak_bytes = 0
         command = [sys.executable, str(_ARM), *arguments]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(home)
-        )
+        env: dict[str, str] | None = environment(home)
+        if arguments[0] == "streamed":
+            env = without_block_cache(env) or env  # as the command does
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,33 +26,13 @@ from edgetrain.models.base import Boundary, Network
 from edgetrain.optim import AdamW, learning_rate
 from edgetrain.plan import StreamedChoice
 from edgetrain.randomness import Purpose, Stream
+from edgetrain.residency import Residency, Source, rows_of
 from edgetrain.resident import Resident, Settings, Update
 from edgetrain.session import BlockProgress
-from edgetrain.spec import Spec
 from edgetrain.stages import ExactStages, Stage, Unit, exact_stages, rows_of_chunk
 from edgetrain.store import Transaction
-from edgetrain.store.layout import StageLayout, TensorSpec
-from edgetrain.table import ChunkedCrossEntropy, Rows, add_rows, gather
-
-
-class Reads(Protocol):
-    """The part of a store that a trainer uses."""
-
-    def read(self, stage: str, role: str, into: memoryview, offset: int = 0) -> None: ...
-
-    def prefetch(self, stages: Iterable[str]) -> None: ...
-
-
-class Source(Protocol):
-    """The part of a session that a trainer uses."""
-
-    @property
-    def spec(self) -> Spec: ...
-
-    @property
-    def store(self) -> Reads: ...
-
-    def layout(self, stage: Stage) -> StageLayout: ...
+from edgetrain.store.layout import TensorSpec
+from edgetrain.table import ChunkedCrossEntropy, add_rows
 
 
 @dataclass(frozen=True)
@@ -107,21 +87,9 @@ class StreamedTrainer(Trainer):
         self.stages = stages or exact_stages(self.spec)
         self.optimizer = AdamW(self.spec.optimizer)
         tier = Tier.DISK if device.capabilities.host_addressable else Tier.HOST
-        units = self.stages.units
-        self._layouts = {stage.name: session.layout(stage) for stage in self.stages.stages}
-        kept = self.stages.layers[len(self.stages.layers) - choice.kept_layers :]
-        pinned = list(units if choice.resident else kept)
-        passing = [] if choice.resident else [self._of(unit) for unit in units]  # kept ones too, once given up
-        self.window = Resident(device, [self._of(unit) for unit in units], False, holds=passing)
-        self._skeletons: dict[str, nn.Module] = {}
-        self._pinned = {
-            unit: (Resident(device, [self._of(unit)], choice.resident, lender=self.window), self._build(unit.kind))
-            for unit in pinned
-        }
-        for unit, (resident, module) in self._pinned.items():
-            self._bind(resident, unit, module)
-        self._in_window: Unit | None = None
-        self._offload = Offload(device, tier, self._owns)
+        self.residency = Residency(session, device, network, self.stages, resident=choice.resident, kept=self._kept)
+        self._hold, self._ahead = self.residency.hold, self.residency.ahead
+        self._offload = Offload(device, tier, self.residency.owns)
         self._boundaries = Boundaries(device, choice.boundaries == "moved", tier)
         self._spill = Spill(device, not choice.resident, tier)
         self._runs: dict[tuple[int, int], _Run] = {}
@@ -130,54 +98,10 @@ class StreamedTrainer(Trainer):
         self._output: ChunkedCrossEntropy | None = None
         self._keeping = True
         self._loses_state = False
-        self._transaction: Transaction | None = None
-        tables = max(len(self.stages.embedding), len(self.stages.output))
-        self._first_tokens = [i * rows_of_chunk(self.spec.language.width) for i in range(tables)] if tables else []
         # Below the first unit that trains nothing has a gradient.
         trains = [bool(self.stages.embedding and self.stages.embedding[0].trained) or self.stages.stem.trained]
         trains += [unit.trained for unit in self.stages.layers]
         self._first_trained = trains.index(True) - 1 if True in trains else len(self.stages.layers)
-
-    # ------------------------------------------------------------------------------------------- what is resident
-
-    def _of(self, unit: Unit) -> list[Any]:
-        return [self._layouts[stage.name] for stage in unit.stages]
-
-    def _build(self, kind: str) -> nn.Module:
-        if kind.startswith(("embedding", "output")):
-            return Rows()
-        with torch.device("meta"):
-            return self.network.build(kind)
-
-    def _bind(self, resident: Resident, unit: Unit, module: nn.Module) -> None:
-        resident.bind([(stage, self._layouts[stage.name], module) for stage in unit.stages])
-
-    def _owns(self, tensor: Tensor) -> bool:
-        return self.window.owns(tensor) or any(resident.owns(tensor) for resident, _ in self._pinned.values())
-
-    def _hold(self, unit: Unit) -> tuple[Resident, nn.Module]:
-        """The unit's weights as the transaction has them, and its module."""
-        if unit in self._pinned:
-            return self._pinned[unit]
-        if (module := self._skeletons.get(unit.kind)) is None:
-            module = self._skeletons[unit.kind] = self._build(unit.kind)
-        if self._in_window is not unit:
-            self._in_window = None
-            self._bind(self.window, unit, module)
-            self.window.load(self._read)
-            self._in_window = unit
-        return self.window, module
-
-    def _read(self, stage: str, role: str, into: memoryview, offset: int = 0) -> None:
-        """Bytes of a stage as the steps before this one have left them."""
-        source = self._transaction if role != "frozen" and self._transaction is not None else self.session.store
-        source.read(stage, role, into, offset)
-
-    def _ahead(self, units: Sequence[Unit]) -> None:
-        """Reads the next unit into the system's cache, if it has to be loaded."""
-        for unit in units[:1]:
-            if unit not in self._pinned:
-                self.session.store.prefetch(stage.name for stage in unit.stages)
 
     # -------------------------------------------------------------------------------------------- the engine's calls
 
@@ -198,9 +122,7 @@ class StreamedTrainer(Trainer):
 
     def warm_up(self, progress: BlockProgress) -> None:
         keep_freed_memory(self.choice.keeps_freed)
-        self.window.touch()
-        for resident, _ in self._pinned.values():
-            resident.touch()
+        self.residency.touch()
         self.enter(0)
         for keeping in (False, True):
             self._keeping = keeping
@@ -228,17 +150,14 @@ class StreamedTrainer(Trainer):
         self._ahead(self.stages.units)
 
     def enter(self, block: int) -> None:
-        self._transaction, self._in_window = None, None
         self._clear()
-        for resident, _ in self._pinned.values():
-            resident.load(self._read)
+        self.residency.enter()
 
     def save(self, transaction: Transaction) -> None:
-        for resident, _ in self._pinned.values():
-            resident.save(transaction.write)
+        self.residency.save(transaction)
 
     def loss(self, progress: BlockProgress, step: int, transaction: Transaction) -> float:
-        self._transaction = transaction
+        self.residency.transaction = transaction
         micro_batch = progress.micro_batch
         while True:
             try:
@@ -251,7 +170,7 @@ class StreamedTrainer(Trainer):
             micro_batch = halved(micro_batch, step, reason)
 
     def step(self, progress: BlockProgress, transaction: Transaction, settle: Settle) -> Step | SmallerMicroBatch:
-        self._transaction = transaction
+        self.residency.transaction = transaction
         began, step = time.perf_counter(), progress.step
         lr = learning_rate(self.spec.optimizer, step, self.spec.train.steps)
         while True:
@@ -278,17 +197,15 @@ class StreamedTrainer(Trainer):
 
     def _give_up(self) -> bool:
         """Lets nothing wait in memory any more that can wait elsewhere or be made again; False if nothing did."""
-        kept = [] if self.choice.resident else list(self._pinned)
-        gave_up = self._keeping or bool(kept) or not self._boundaries.moves
-        self._keeping, self._boundaries.moves, self._loses_state = False, True, bool(kept)
-        for unit in kept:
-            del self._pinned[unit]
+        self._loses_state = self.residency.unpin()
+        gave_up = self._keeping or self._loses_state or not self._boundaries.moves
+        self._keeping, self._boundaries.moves = False, True
         return gave_up
 
     def _recover(self) -> None:
         """After memory ran out."""
         self._clear()
-        self._in_window = None
+        self.residency.forget()
         keep_freed_memory(False)
         return_freed_memory()
         self.retries += 1
@@ -311,22 +228,8 @@ class StreamedTrainer(Trainer):
         arrays = self.network.draw(step, first, count)
         batch = {name: torch.from_numpy(array).to(self.device.torch_device) for name, array in arrays.items()}
         if embeds and self.stages.embedding:
-            batch["embedded"] = self._embedded(batch["tokens"])
+            batch["embedded"] = self.residency.rows(batch["tokens"])
         return batch
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        """(n, length) -> (n, length, width)."""
-        chunks = self.stages.embedding
-        if chunks[0] not in self._pinned:
-            read = [(unit.stages[0].name, self._layouts[unit.stages[0].name]) for unit in chunks]
-            return gather(tokens.cpu().numpy(), read, self._read).to(self.device.torch_device)
-        weights = [_rows_of(self._pinned[unit][1]).detach() for unit in chunks]
-        flat = tokens.flatten()
-        out = weights[0].new_empty(len(flat), self.spec.language.width)
-        for first_token, rows in zip(self._first_tokens, weights, strict=True):
-            inside = (flat >= first_token) & (flat < first_token + len(rows))
-            out[inside] = rows[flat[inside] - first_token]
-        return out.unflatten(0, tokens.shape)
 
     def _forward(self, step: int, batches: Sequence[tuple[int, int]], differentiates: bool) -> float:
         """The mean loss of the batch; with ``differentiates`` all is left behind that ``_backward`` needs."""
@@ -359,6 +262,9 @@ class StreamedTrainer(Trainer):
         if unit in self._kept:
             return Keep()
         return self._offload if self.choice.activations == "offload" else None
+
+    def _first_token(self, chunk: int) -> int:
+        return chunk * rows_of_chunk(self.spec.language.width)
 
     @property
     def _kept(self) -> Sequence[Unit]:
@@ -445,7 +351,7 @@ class StreamedTrainer(Trainer):
         for position, unit in enumerate(self.stages.output):
             _, module = self._hold(unit)
             self._ahead(self.stages.output[position + 1 :])
-            output.forward(position, self._first_tokens[position], _rows_of(module).detach(), differentiates)
+            output.forward(position, self._first_token(position), rows_of(module).detach(), differentiates)
         self._output = output if differentiates else None
         return output.loss()
 
@@ -508,10 +414,10 @@ class StreamedTrainer(Trainer):
             unit = self.stages.output[position]
             resident, module = self._hold(unit)
             self._ahead(self.stages.output[position - 1 : position] if position else [self.stages.head])
-            rows = _rows_of(module)
+            rows = rows_of(module)
             if unit.trained:
                 resident.flat_gradient().zero_()
-            output.backward(position, self._first_tokens[position], rows.detach(), rows.grad)
+            output.backward(position, self._first_token(position), rows.detach(), rows.grad)
             if unit.trained and tied:
                 self._spill.put(unit.stages[0].name, resident.gradients, resident.gradient_bytes)
             elif unit.trained:
@@ -559,7 +465,7 @@ class StreamedTrainer(Trainer):
         for position, unit in enumerate(embedding if embeds else ()):
             resident, module = self._hold(unit)
             self._ahead(embedding[position + 1 :])
-            gradient = _rows_of(module).grad
+            gradient = rows_of(module).grad
             assert gradient is not None
             if self.stages.output == embedding:
                 self._spill.take(unit.stages[0].name, resident.gradients)
@@ -567,7 +473,7 @@ class StreamedTrainer(Trainer):
                 resident.flat_gradient().zero_()
             for number in range(len(batches)):
                 found = self._boundaries.get(("embedded", 0, number))["gradient"]
-                add_rows(gradient, self._first_tokens[position], tokens[number], found)
+                add_rows(gradient, self._first_token(position), tokens[number], found)
             self._finish(unit)
 
     def _settings(self, progress: BlockProgress, lr: float) -> Settings:
@@ -579,11 +485,6 @@ class StreamedTrainer(Trainer):
             return Update(lr, progress.updates + 1, decays, rounding if stage.dtype == "BF16" else None)
 
         return settings
-
-
-def _rows_of(module: nn.Module) -> nn.Parameter:
-    assert isinstance(module, Rows)
-    return module.weight
 
 
 class _Updates:
@@ -627,13 +528,13 @@ class _Updates:
         trainer = self._trainer
         assert self._settings is not None and self._settle is not None
         if not self.began:
-            trainer._transaction, self.began = self._settle(), True
-        transaction = trainer._transaction
+            trainer.residency.transaction, self.began = self._settle(), True
+        transaction = trainer.residency.transaction
         assert transaction is not None
         if norm > trainer.spec.optimizer.clip:
             resident.flat_gradient().mul_(trainer.spec.optimizer.clip / norm)
         resident.update(trainer.optimizer, transaction.read, transaction.write, self._settings)
-        if unit not in trainer._pinned:
+        if not trainer.residency.pins(unit):
             resident.save(transaction.write)
 
     def end(self) -> float:

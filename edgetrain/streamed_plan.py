@@ -34,6 +34,7 @@ _COMMIT_EVERY_S = 60.0
 _MARGIN_BYTES = 15 * MIB
 _GRAPH_BYTES = 24 << 10  # of the Python objects that a kept layer takes for each micro-batch
 _SPARE_BYTES = 64 * MIB
+_WAITING = ("kept", "boundaries", "logits")  # from forward to backward
 _WITHOUT_FAULTS = 0.85  # of the time: what a step takes that maps no memory anew
 _OTHER_BOUNDARIES = 4  # gradients, hidden states of the head and theirs, what was looked up
 
@@ -49,7 +50,8 @@ class LayerProbe:
 @dataclass(frozen=True)
 class StreamedProbe:
     """What was measured: memory before any buffer; the peak of a step over it, without buffers and boundaries, by
-    micro-batch and by what becomes of the logits; seconds of stem and head, and of one chunk of an output table.
+    micro-batch; by what becomes of the logits, what that peak grows by if freed memory is used again, and seconds of
+    one chunk of an output table; and seconds of stem and head.
 
     ``boundary_bytes``: of one boundary, for each example.
     """
@@ -60,6 +62,7 @@ class StreamedProbe:
     runtime_bytes: int
     boundary_bytes: int
     step_bytes: Curve
+    hole_bytes: Mapping[str, Curve]
     layers: Mapping[str, LayerProbe]
     fixed_s: Curve
     chunk_s: Mapping[str, Curve]
@@ -79,10 +82,13 @@ class StreamedProbe:
             )
             for kind, one in value["layers"].items()
         }
-        chunk_s = {name: curve(points) for name, points in value["chunk_s"].items()}
+        chunk_s, holes = (
+            {name: curve(points) for name, points in value[field].items()} for field in ("chunk_s", "hole_bytes")
+        )
         return cls(
             value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
-            value["boundary_bytes"], curve(value["step_bytes"]), layers, curve(value["fixed_s"]), chunk_s,
+            value["boundary_bytes"], curve(value["step_bytes"]), holes, layers,
+            curve(value["fixed_s"]), chunk_s,
         )  # fmt: skip
 
 
@@ -141,8 +147,9 @@ def smallest_streamed_budget_bytes(spec: Spec, probe: StreamedProbe, activations
 
 
 def _needed_bytes(owners: Mapping[str, int]) -> int:
-    # Where freed memory stays, the limit must not be reached: then small requests fail, which nobody can answer.
-    spare = _SPARE_BYTES + owners["freed"] // 4 if "freed" in owners else 0
+    # Among what waits the holes are a guess.
+    guessed = "holes" in owners and any(owners.get(one) for one in _WAITING)
+    spare = _SPARE_BYTES + owners["holes"] // 4 if guessed else 0
     return sum(owners.values()) + _MARGIN_BYTES + round(MARGIN_OF_ACTIVATIONS * owners["activations"]) + spare
 
 
@@ -238,9 +245,10 @@ class _Sizes:
         if choice.logits == "keep":
             owners["logits"] = batch * self._logits_bytes
         if choice.keeps_freed:
-            waiting = sum(owners.get(name, 0) for name in ("kept", "boundaries", "logits"))
-            # Holes of a heap, as measured with SmolLM2-135M, streamed and resident.
-            owners["freed"] = 3 * owners["activations"] + waiting // 2
+            # Those of a heap in which nothing waits were measured; the rest as it was with SmolLM2-135M.
+            owners["holes"] = (
+                round(_bytes_at(probe.hole_bytes[choice.logits], n)) + sum(owners.get(one, 0) for one in _WAITING) // 2
+            )
         if choice.resident and (spilled := self._spilled_bytes):
             owners["spilled"] = spilled
         return owners
@@ -320,7 +328,8 @@ def _candidates(
             for boundaries in ("memory", "moved"):
                 for logits in ("keep", "recompute", "offload") if has_table else ("recompute",):
                     for activations in [forced] if forced in ("recompute", "offload") else ["recompute", "offload"]:
-                        for keeps_freed in (True, False):
+                        # What is offloaded leaves the small parts of its graph between the holes.
+                        for keeps_freed in (True, False) if activations == "recompute" else (False,):
                             base = StreamedChoice(
                                 micro_batch, activations, 0, resident, boundaries, logits, keeps_freed
                             )

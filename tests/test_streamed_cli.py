@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +55,13 @@ class Place:
         (folder / "recipe.toml").write_text(_RECIPE.format(length=length, steps=steps, batch=batch))
         self.environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
 
+    @staticmethod
+    def command(*arguments: object) -> list[str]:
+        return [sys.executable, "-c", _START, *map(str, arguments)]
+
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", _START, *map(str, arguments)], capture_output=True, text=True, check=False,
+            self.command(*arguments), capture_output=True, text=True, check=False,
             env=self.environment, cwd=self.folder, timeout=600,
         )  # fmt: skip
 
@@ -130,6 +137,23 @@ def test_the_budget_changes_no_bit(place: Place, trained: dict[str, dict[str, An
     done = place.json("train", session, "--memory-budget", f"{budget}MiB", "--threads", 1)
     assert (done["status"], done["step"]) == ("complete", 6)
     assert done["digest"] == trained["everything"]["digest"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_it_trains_without_the_allocators_cache(place: Place, trained: dict[str, dict[str, Any]]) -> None:
+    """... which stands in the environment that the process began with, its last time."""
+    session = place.imported("uncached")
+    budget = trained["everything"]["budget_bytes"] // MIB
+    command = place.command("train", session, "--memory-budget", f"{budget}MiB", "--threads", 1)
+    environment = {name: value for name, value in place.environment.items() if name != "GLIBC_TUNABLES"}
+    seen = b""
+    with subprocess.Popen(command, env=environment, cwd=place.folder, stdout=subprocess.DEVNULL) as training:
+        while training.poll() is None:
+            with contextlib.suppress(OSError):
+                seen = Path(f"/proc/{training.pid}/environ").read_bytes() or seen
+            time.sleep(0.01)
+    assert training.returncode == 0
+    assert b"GLIBC_TUNABLES=glibc.malloc.tcache_count=0" in seen.split(b"\0")
 
 
 def test_the_refusal_is_clear(trained: dict[str, dict[str, Any]]) -> None:

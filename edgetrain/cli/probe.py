@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from devices.limits import prepare_process, without_block_cache
 from edgetrain.cli.become import become
 from edgetrain.cli.main import guarded
 from edgetrain.errors import EdgetrainError
@@ -36,6 +37,8 @@ def probed(
     Nothing may be held that the end of a process would not release. If the budget is too small, the measurement is one
     with as much room as the budget that does: what a refusal names must hold.
     """
+    if spec.is_exact and (environment := without_block_cache(os.environ)) is not None:
+        become(sys.orig_argv[1:], environment)
     brought = json.loads(os.environ.pop(_RESULT, "null"))
     if brought is not None and brought["request"][:-1] == [to_toml(spec), device, num_threads]:
         found = _parsed(spec, brought["measured"])
@@ -103,8 +106,6 @@ def main() -> None:
     recipe, device, num_threads, budget_bytes = told["request"]
 
     def measured() -> NoReturn:
-        from devices.limits import prepare_process
-
         prepare_process(num_threads)
         import torch
 

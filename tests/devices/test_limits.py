@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
 from devices import DeviceOutOfMemory
-from devices.limits import data_limit_for, is_out_of_memory, supported
+from devices.limits import data_limit_for, is_out_of_memory, supported, without_block_cache
 from devices.meter import Usage
 from tests.devices.subprocesses import run_python
 
@@ -18,9 +20,9 @@ _GLIBC = platform.libc_ver()[0] == "glibc"
 linux_only = pytest.mark.skipif(not supported(), reason="no limit on a process's memory on this system")
 
 
-def _run(code: str, *arguments: str) -> Any:
+def _run(code: str, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
     """What the code prints, as JSON, from a process of its own: limits and mallopt cannot be undone."""
-    return json.loads(run_python(code, *arguments))
+    return json.loads(run_python(code, *arguments, env=env))
 
 
 _FILL_UP = """
@@ -207,6 +209,47 @@ def test_small_blocks_leave_the_process_when_told_to() -> None:
     freed, returned = _run(_SMALL_BLOCKS)
     assert freed > 24 * MIB
     assert returned < 4 * MIB
+
+
+_HOLES = """
+import json, random, sys
+from devices.limits import keep_freed_memory, prepare_process
+from devices.meter import usage
+prepare_process(1)
+import torch
+keep_freed_memory(True)
+chance = random.Random(0)
+stays = []
+torch.empty(1 << 24)
+before = usage().resident_bytes
+for _ in range(400):
+    tensors = [torch.ones(chance.choice([49152, 147456, 393216])) for _ in range(8)]
+    stays += [bytes(chance.randrange(600, 900)) for _ in range(4)]
+    chance.shuffle(tensors)
+    while tensors:
+        del tensors[0]
+print(json.dumps((usage().resident_bytes - before) / 2**20))
+"""
+
+
+@pytest.mark.skipif(not _GLIBC, reason="glibc's allocator")
+def test_a_heap_without_the_cache_of_small_blocks_closes_its_holes() -> None:
+    """Eight tensors at a time, 6 MiB on average and at most 12: with the cache what is freed does not fit the next."""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    without = without_block_cache(environment)
+    assert without is not None
+    assert without_block_cache(without) is None
+    grown = {name: _run(_HOLES, env=told) for name, told in (("with", environment), ("without", without))}
+    assert grown["without"] < 20, grown
+    assert grown["without"] < grown["with"], grown
+
+
+def test_what_was_tuned_stays_tuned() -> None:
+    told = without_block_cache({"GLIBC_TUNABLES": "glibc.malloc.check=0", "A": "b"})
+    if supported():
+        assert told == {"GLIBC_TUNABLES": "glibc.malloc.check=0:glibc.malloc.tcache_count=0", "A": "b"}
+    else:
+        assert told is None
 
 
 def test_out_of_memory_is_recognised() -> None:
