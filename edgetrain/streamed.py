@@ -121,13 +121,14 @@ class StreamedTrainer(Trainer):
         return "keep" if self.choice.kept_layers == len(self.stages.layers) else self.choice.activations
 
     def warm_up(self, progress: BlockProgress) -> None:
-        keep_freed_memory(self.choice.keeps_freed)
         self.residency.touch()
         self.enter(0)
         for keeping in (False, True):
             self._keeping = keeping
             self.differentiate(progress.step, 1)
         warm_up_kernels(self.device)
+        # Not before: what libraries take once, and keep, would lie between the holes.
+        keep_freed_memory(self.choice.keeps_freed)
 
     def differentiate(self, step: int, count: int, seen: Seen | None = None) -> float:
         """The loss of a step on ``count`` examples, without its updates. ``seen`` is shown each unit's gradients."""
