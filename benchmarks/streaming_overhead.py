@@ -101,7 +101,7 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     from edgetrain.data import open_dataset
     from edgetrain.engine import Engine
     from edgetrain.objectives.base import training_batches
-    from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+    from edgetrain.objectives.diffusion_blocks import diffusion_blocks
     from edgetrain.probe import measure
     from edgetrain.spec import load_recipe, resolve
     from edgetrain.stages import group_of_block
@@ -121,7 +121,7 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     probe = planning.Probe.from_json(measure(spec, "cpu", _BUDGET_BYTES))
     choice = planning.make_plan(spec, probe, _BUDGET_BYTES, threads, "keep").choice
     session = create(folder / "session", spec, probe)
-    objective = DiffusionBlocks(spec, training_batches(spec, dataset))
+    objective = diffusion_blocks(spec, training_batches(spec, dataset))
     trainer = BlockTrainer(session, devices.open_device("cpu", session.scratch), choice, objective)
     engine = Engine(session, trainer, choice.micro_batch)
     blocks = range(spec.num_blocks)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from devices import Device, Tier
 from devices.limits import is_out_of_memory, return_freed_memory
@@ -31,21 +30,21 @@ from edgetrain.store.layout import TensorSpec
 def build_modules(spec: Spec, family: Family, block: int) -> Block:
     """The modules of one block, on meta: without memory until they are bound."""
     with torch.device("meta"):
+        model = spec.image_model
         return Block(
             block,
-            Codebook(spec.vit.num_classes, spec.vit.width),
             family.build_stem(),
             [family.build_layer() for _ in spec.layers_of(block)],
             family.build_head(),
+            Codebook(model.num_classes, model.width) if model.family == "vit" else None,
         )
 
 
 def bind(resident: Resident, spec: Spec, shapes: Shapes, family: Family, block: int) -> Block:
     """Builds the modules of ``block`` and points their parameters into the resident buffers."""
     modules = build_modules(spec, family, block)
-    in_order: list[nn.Module] = [modules.codebook, modules.stem, *modules.layers, modules.head]
     stages = stages_of_block(spec, block)
-    resident.bind([(s, s.layout(shapes), module) for s, module in zip(stages, in_order, strict=True)])
+    resident.bind([(s, s.layout(shapes), module) for s, module in zip(stages, modules.modules, strict=True)])
     return modules
 
 
@@ -79,7 +78,7 @@ class BlockTrainer(Trainer):
 
     @property
     def guess(self) -> float:
-        return math.log(max(2, self.spec.vit.num_classes))
+        return self.objective.guess
 
     def warm_up(self, progress: BlockProgress) -> None:
         self.resident.touch()

@@ -97,6 +97,11 @@ class NoiseSchedule:
             steps.append((sigma, block))
         return steps
 
+    def levels(self, count: int) -> list[tuple[float, int]]:
+        """(sigma, block) in the middle of ``count`` equal parts of the probability, descending."""
+        middles = (self._sigma_at((count - 0.5 - k) / count) for k in range(count))
+        return [(sigma, self.block_of(sigma)) for sigma in middles]
+
 
 def euler_coefficients(sigma: float, next_sigma: float) -> tuple[float, float]:
     """(a, 1 - a) of the Euler step ``z_next = a * z + (1 - a) * D``, a = next_sigma / sigma.
@@ -117,8 +122,8 @@ def preconditioning(sigma: Any, sigma_data: float) -> tuple[Any, Any, Any]:
     return sigma_data**2 / norm, sigma * sigma_data / norm**0.5, 1.0 / norm**0.5
 
 
-def loss_weight(sigma: float, sigma_data: float) -> float:
-    """w(sigma) = 1 / c_out^2 of EDM's L2 loss (its Eq. 8). Cross-entropy goes unweighted."""
+def loss_weight(sigma: Any, sigma_data: float) -> Any:
+    """w(sigma) = 1 / c_out^2 of EDM's L2 loss (its Eq. 8), of the type of ``sigma``. Cross-entropy goes unweighted."""
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 

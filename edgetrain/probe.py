@@ -70,8 +70,8 @@ def _noise(spec: Spec) -> Any:
             images = np.zeros((len(indices), *self.image_shape), np.uint8)
             return images, indices % self.num_classes
 
-    channels, height, width = spec.vit.image_shape
-    names = tuple(map(str, range(spec.vit.num_classes)))
+    channels, height, width = spec.image_model.image_shape
+    names = tuple(map(str, range(spec.image_model.num_classes)))
     return Noise("noise", "train", 1 << 20, (channels, height, width), names)
 
 
@@ -84,13 +84,13 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
     from edgetrain.blockwise import bind, build_modules
     from edgetrain.engine import warm_up_kernels
     from edgetrain.models import build_family
-    from edgetrain.objectives.base import Block, training_batches
-    from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+    from edgetrain.objectives.base import Block, Objective, training_batches
+    from edgetrain.objectives.diffusion_blocks import diffusion_blocks
     from edgetrain.plan import ACTIVATIONS, largest_micro_batch
     from edgetrain.resident import Resident
     from edgetrain.stages import largest_block
 
-    model = spec.vit
+    model = spec.image_model
     data = _noise(spec)
     token_bytes = 4 * model.width * model.num_patches
     small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
@@ -102,8 +102,8 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         device = devices.open_device(device_kind, Path(scratch))
         meta = build_modules(spec, family, 0)
-        kinds = {"codebook": meta.codebook, "stem": meta.stem, "layer": meta.layers[0], "head": meta.head}
-        shapes = {kind: {n: list(p.shape) for n, p in m.named_parameters()} for kind, m in kinds.items()}
+        kinds = {"stem": meta.stem, "layer": meta.layers[0], "head": meta.head, "codebook": meta.codebook}
+        shapes = {k: {n: list(p.shape) for n, p in m.named_parameters()} for k, m in kinds.items() if m is not None}
         # Every parameter's gradient is the same memory: their values do not matter here, their size does.
         largest = max(math.prod(shape) for tensors in shapes.values() for shape in tensors.values())
         overlaid = torch.zeros(largest, device=device.torch_device)
@@ -120,12 +120,12 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
             )
             resident = Resident(device, [largest_block(one, shapes)], moments_resident=False)
             block = bind(resident, one, shapes, family, 0)
-            for module in (block.codebook, block.stem, *block.layers, block.head):
+            for module in block.modules:
                 for parameter in module.parameters():
                     if parameter.requires_grad:
                         parameter.grad = overlaid[: parameter.numel()].view(parameter.shape)
 
-            objective = DiffusionBlocks(one, training_batches(one, data))
+            objective = diffusion_blocks(one, training_batches(one, data))
             tier = devices.Tier.DISK if device.capabilities.host_addressable else devices.Tier.HOST
             policies: dict[str, Activations] = {
                 "keep": Keep(),
@@ -134,7 +134,7 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
             }
 
             def run(
-                policy: Activations, micro_batch: int, objective: DiffusionBlocks = objective, block: Block = block
+                policy: Activations, micro_batch: int, objective: Objective = objective, block: Block = block
             ) -> None:
                 draw = {
                     k: torch.from_numpy(v).to(device.torch_device)

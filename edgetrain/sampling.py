@@ -89,14 +89,14 @@ class Sampler:
 
     def chunk_examples(self, draws: int) -> int:
         """How many examples ``probabilities`` is to get at once, for ``CHUNK_BYTES``."""
-        model = self.spec.vit
+        model = self.spec.image_model
         floats = draws * (model.width + 2 * model.num_classes)
         return max(1, CHUNK_BYTES // (4 * floats + math.prod(model.image_shape)))
 
     def warm_up(self) -> None:
         """Touches the buffers and runs every operation once, so that the limit can be drawn around them."""
         self.resident.touch()
-        images = np.zeros((_WARM_UP_EXAMPLES, *self.spec.vit.image_shape), np.uint8)
+        images = np.zeros((_WARM_UP_EXAMPLES, *self.spec.image_model.image_shape), np.uint8)
         for projection in ("soft", "hard"):
             self.probabilities(images, 0, 1, projection, 1)
         warm_up_kernels(self.device)
@@ -124,8 +124,8 @@ class Sampler:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         spec, n = self.spec, len(images)
         grid = spec.diffusion_blocks.noise.grid(num_steps)
-        z = np.empty((draws, n, spec.vit.width), np.float32)  # between two blocks
-        first = np.empty((draws, n, spec.vit.num_classes), np.float32)
+        z = np.empty((draws, n, spec.image_model.width), np.float32)  # between two blocks
+        first = np.empty((draws, n, spec.image_model.num_classes), np.float32)
         last = np.empty_like(first)
         for index in dict.fromkeys(block for _, block in grid):
             block = bind(self.resident, spec, self.session.shapes, self.family, index)
@@ -145,7 +145,7 @@ class Sampler:
                             first[draw, part] = probabilities.cpu().numpy()
                         if k == num_steps - 1:
                             last[draw, part] = probabilities.cpu().numpy()
-                        rows = block.codebook()
+                        rows = block.rows
                         denoised = probabilities @ rows if projection == "soft" else rows[logits.argmax(1)]
                         a, b = euler_coefficients(sigma, grid[k + 1][0] if k + 1 < num_steps else 0.0)
                         state = a * state + b * denoised
@@ -156,7 +156,7 @@ class Sampler:
         """Where the chain begins, (count, width): at sigma_max, of the norm that a noised row has."""
         stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE, 0, draw)
         scale = np.float32((1 + self.spec.diffusion_blocks.noise.sigma_max**2) ** 0.5)
-        return scale * normal(stream, first_example, count, self.spec.vit.width)
+        return scale * normal(stream, first_example, count, self.spec.image_model.width)
 
     def _logits(self, block: Block, images: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
         sigmas = torch.full((len(z),), sigma, device=z.device)
@@ -183,12 +183,12 @@ class Classifier:
     def warm_up(self) -> None:
         """Touches the buffers and runs every operation once, so that the limit can be drawn around them."""
         self.resident.touch()
-        self.classes(np.zeros((_WARM_UP_EXAMPLES, *self.session.spec.vit.image_shape), np.uint8))
+        self.classes(np.zeros((_WARM_UP_EXAMPLES, *self.session.spec.image_model.image_shape), np.uint8))
         warm_up_kernels(self.device)
 
     def accuracy(self, dataset: Dataset) -> float:
         """Top-1 in per cent."""
-        spec = self.session.spec.vit
+        spec = self.session.spec.image_model
         chunk = max(1, CHUNK_BYTES // (4 * spec.width * (spec.num_patches + 1) + math.prod(spec.image_shape)))
         correct = 0
         for start in range(0, dataset.num_examples, chunk):

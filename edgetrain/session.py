@@ -185,6 +185,16 @@ class Session:
             )
         return cls(path, spec, header["shapes"], store, external)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of a model of images; numbers where the data had no names."""
+        numbers = [str(number) for number in range(self.spec.image_model.num_classes)]
+        path = self.path / "session.json"
+        names = read_json(path).get("class_names", numbers)
+        if not isinstance(names, list) or len(names) != len(numbers) or not all(isinstance(n, str) for n in names):
+            raise SessionCorrupt(f"{path} is damaged: its class_names are no {len(numbers)} names")
+        return tuple(names)
+
     def check_change(self, spec: Spec) -> None:
         """Whether the spec may be replaced: the difference must be one that a session survives.
 

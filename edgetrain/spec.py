@@ -30,14 +30,19 @@ def _require(condition: bool, message: str, hint: str = "") -> None:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The architecture. ``image_shape`` (channels, height, width) and ``num_classes`` come from the data."""
+    """The architecture: a classifier of images (vit), or a generator of images of a class (dit).
 
-    family: Literal["vit"] = "vit"
+    ``image_shape`` (channels, height, width) and ``num_classes`` come from the data. ``class_dropout``: the part of a
+    dit's training images whose class is withheld, for guidance without a classifier.
+    """
+
+    family: Literal["vit", "dit"] = "vit"
     width: int = 64
     depth: int = 6
     heads: int = 4
     patch: int = 4
     mlp_ratio: int = 4
+    class_dropout: float = 0.1
     image_shape: tuple[int, ...] = ()
     num_classes: int = 0
 
@@ -45,6 +50,9 @@ class ModelSpec:
         for name in ("width", "depth", "heads", "patch", "mlp_ratio"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
         _require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
+        _require(
+            0 <= self.class_dropout < 1, f"model.class_dropout is {self.class_dropout}, not at least 0 and below 1"
+        )
         if self.image_shape:
             _, height, width = self.image_shape
             _require(
@@ -179,7 +187,7 @@ class DiffusionBlocksSpec:
     p_mean: float = 0.0
     p_std: float = 1.2
     overlap: float = 0.05
-    sigma_data: float = 0.0  # 0: 1 / sqrt(width), the deviation of one element of a unit row
+    sigma_data: float = 0.0  # 0: vit 1 / sqrt(width), the deviation of one element of a unit row; dit .5
     streams: Literal[1, 2] = 2
     skip: bool = False
     gate: float = 0.5
@@ -207,13 +215,18 @@ class DiffusionBlocksSpec:
         return "shared" in (self.stem, self.head, self.codebook)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "calibrated": {},
-    "paper": {
-        "sigma_min": 0.002, "sigma_max": 80.0, "p_mean": -1.2, "p_std": 1.2, "overlap": 0.05, "sigma_data": 0.5,
-        "streams": 1, "skip": True, "gate": 0.0, "stem": "shared", "head": "shared", "codebook": "shared",
-    },
+_EDM = {
+    "sigma_min": 0.002, "sigma_max": 80.0, "p_mean": -1.2, "p_std": 1.2, "overlap": 0.05, "streams": 1, "skip": True,
+    "gate": 0.0,
 }  # fmt: skip
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "vit": {
+        "calibrated": {},
+        "paper": {**_EDM, "sigma_data": 0.5, "stem": "shared", "head": "shared", "codebook": "shared"},
+    },
+    "dit": {"calibrated": _EDM, "paper": {**_EDM, "stem": "shared", "head": "shared"}},
+}
+"""By model.family: what a preset sets of [diffusion_blocks]."""
 
 
 @dataclass(frozen=True)
@@ -327,6 +340,12 @@ class Spec:
                 f"{self.model.family!r} is trained by the exact objective",
                 'Set train.objective to "exact".',
             )
+            method = self.diffusion_blocks
+            _require(
+                self.model.family != "dit" or (method.streams == 1 and method.skip and not method.auxiliary),
+                "an image is denoised by D = c_skip z + c_out F, in one stream and without an auxiliary loss",
+                "Leave out diffusion_blocks.streams, skip and auxiliary for the family dit.",
+            )
             _require(blocks <= depth, f"{blocks} blocks cannot be cut from {depth} layers", "Lower num_blocks.")
         if isinstance(self.model, LanguageModelSpec) and isinstance(self.data, TextSpec):
             _require(
@@ -340,8 +359,8 @@ class Spec:
         return self.train.objective == "exact"
 
     @property
-    def vit(self) -> ModelSpec:
-        """The model, of the family that diffusion_blocks trains and that data of images decides."""
+    def image_model(self) -> ModelSpec:
+        """The model, of a family that data of images decides."""
         assert isinstance(self.model, ModelSpec)
         return self.model
 
@@ -367,7 +386,8 @@ class Spec:
 
     @property
     def sigma_data(self) -> float:
-        return self.diffusion_blocks.sigma_data or self.vit.width**-0.5
+        generates = self.image_model.family == "dit"
+        return self.diffusion_blocks.sigma_data or (0.5 if generates else self.image_model.width**-0.5)
 
     def layers_of(self, block: int) -> range:
         """The layers of ``block``: consecutive, the earlier blocks one longer where it does not divide."""
@@ -381,6 +401,7 @@ _TABLES = {f.name: typing.get_type_hints(Spec)[f.name] for f in dataclasses.fiel
 # By model.family, what its tables [model] and [data] are.
 _FAMILIES: dict[str, tuple[type, type]] = {
     "vit": (ModelSpec, DataSpec),
+    "dit": (ModelSpec, DataSpec),
     "llama": (LanguageModelSpec, TextSpec),
     "gpt2": (LanguageModelSpec, TextSpec),
     "stack": (StackSpec, StackDataSpec),
@@ -409,15 +430,15 @@ def resolve(recipe: Mapping[str, Any], changes: Changes | None = None) -> Spec:
         _require(bool(key), f"{dotted!r} names no key", "Write table.key, as in train.batch_size.")
         _known(table, _TABLES, "table")
         merged.setdefault(table, {})[key] = value
-    if "diffusion_blocks" in merged:
-        written = merged["diffusion_blocks"]
-        preset = written.get("preset", "calibrated")
-        _require(isinstance(preset, str), f"diffusion_blocks.preset is {preset!r}, which is no name")
-        _known(preset, PRESETS, "preset")
-        merged["diffusion_blocks"] = {**PRESETS[preset], **written}
     family = merged.get("model", {}).get("family", "vit")
     _require(isinstance(family, str), f"model.family is {family!r}, which is no name")
     _known(family, _FAMILIES, "model.family")
+    presets = PRESETS.get(family, PRESETS["vit"])
+    written = merged.get("diffusion_blocks", {})
+    preset = written.get("preset", "calibrated")
+    _require(isinstance(preset, str), f"diffusion_blocks.preset is {preset!r}, which is no name")
+    _known(preset, presets, "preset")
+    merged["diffusion_blocks"] = {**presets[preset], **written}
     classes = {**_TABLES, **dict(zip(("model", "data"), _FAMILIES[family], strict=True))}
     return Spec(**{table: _build(classes[table], table, merged.get(table, {})) for table in classes})
 

@@ -1,9 +1,9 @@
 """Which stages a spec has, who trains them, and what is committed together. No torch here.
 
 The exact objective trains all that it trains together: its stages are one commit group. With diffusion_blocks a block
-is visited with its stem, its layers, its head and the codebook. Private stages belong to one block, shared
-ones are trained by every visit, frozen ones by none. Blocks that share nothing are a commit group each, so that one
-can be trained on a machine of its own; as soon as anything is shared, all trained stages form one group.
+is visited with its stem, its layers, its head and, of a classifier, the codebook. Private stages belong to one block,
+shared ones are trained by every visit, frozen ones by none. Blocks that share nothing are a commit group each, so that
+one can be trained on a machine of its own; as soon as anything is shared, all trained stages form one group.
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ def stages_of_block(spec: Spec, block: int) -> list[Stage]:
     own_stem = block if method.stem == "private" else 0
     own_head = block if method.head == "private" else 0
     first_layer = 1 + 2 * spec.num_blocks
+    codebook = [stage("codebook", method.codebook, 0)] if spec.model.family == "vit" else []
     return [
-        stage("codebook", method.codebook, 0),
+        *codebook,
         stage("stem", method.stem, 1 + own_stem),
         *(stage("layer", "private", first_layer + layer, f"{layer:03d}") for layer in spec.layers_of(block)),
         stage("head", method.head, 1 + spec.num_blocks + own_head),

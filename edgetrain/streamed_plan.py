@@ -245,10 +245,10 @@ class _Sizes:
         if choice.logits == "keep":
             owners["logits"] = batch * self._logits_bytes
         if choice.keeps_freed:
-            # Those of a heap in which nothing waits were measured; the rest as it was with SmolLM2-135M.
-            owners["holes"] = (
-                round(_bytes_at(probe.hole_bytes[choice.logits], n)) + sum(owners.get(one, 0) for one in _WAITING) // 2
-            )
+            # Those of one layer in which nothing waits were measured; more layers make more, and most is what waits.
+            waiting = sum(owners.get(one, 0) for one in _WAITING)
+            measured = round(_bytes_at(probe.hole_bytes[choice.logits], n))
+            owners["holes"] = measured + owners["activations"] // 4 + waiting // 6
         if choice.resident and (spilled := self._spilled_bytes):
             owners["spilled"] = spilled
         return owners

@@ -10,7 +10,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,18 +98,14 @@ class _Measurement:
             kind: {"saved_bytes": [], "seconds": {"recompute": [], "keep": [], "offload": []}} for kind in kinds
         }
         boundary_bytes = 0
-        holes: dict[str, Points] = {logits: [] for logits in _LOGITS}
         for number, n in enumerate(micro_batches):
             try:
                 self._limit(number >= _ALWAYS_MEASURED)
                 fixed, chunks = self._outside_of_layers(n)
                 peak = 0
-                from_heap = dict.fromkeys(_LOGITS, 0)
                 for kind, unit in kinds.items():
                     found, saved, seconds, boundary_bytes = self._layer(unit, n)
                     peak = max(peak, found)
-                    for logits in _LOGITS:
-                        from_heap[logits] = max(from_heap[logits], self._from_heap(unit, n, logits))
                     layers[kind]["saved_bytes"].append((n, saved))
                     for policy, value in seconds.items():
                         layers[kind]["seconds"][policy].append((n, max(0.0, value - fixed - chunks["recompute"])))
@@ -117,7 +113,6 @@ class _Measurement:
                 fixed_s.append((n, fixed))
                 for logits in _LOGITS:
                     chunk_s[logits].append((n, chunks[logits]))
-                    holes[logits].append((n, max(0, from_heap[logits] - peak)))
                 slowest = max(seconds.values())
                 if number == 0:
                     # Of tensors below 64 KiB, which come from the heap, memory is not linear.
@@ -129,20 +124,21 @@ class _Measurement:
                     raise
                 self.bounded = True
             finally:
-                limits.keep_freed_memory(False)
-                limits.return_freed_memory()
                 limits.lift_data_limit()
             if self.bounded or slowest > _ENOUGH_S:
                 break
         gc.collect()
         limits.return_freed_memory()
+        runtime_bytes = meter.usage().resident_bytes
+        # Last: a heap that once was large stays so in part.
+        holes = {logits: self._holes(kinds, step_bytes, logits) for logits in _LOGITS}
         measured = len(step_bytes)
         for one in layers.values():  # what was measured of a micro-batch that then did not fit
             one["saved_bytes"] = one["saved_bytes"][:measured]
             one["seconds"] = {policy: points[:measured] for policy, points in one["seconds"].items()}
         return {
             "shapes": self.shapes, "budget_bytes": self.budget_bytes if self.bounded else None,
-            "own_bytes": self.own_bytes, "runtime_bytes": meter.usage().resident_bytes,
+            "own_bytes": self.own_bytes, "runtime_bytes": runtime_bytes,
             "boundary_bytes": boundary_bytes, "step_bytes": step_bytes, "hole_bytes": holes,
             "layers": {unit.kind: layers[self.network.measured_as(unit.kind)] for unit in self.stages.layers},
             "fixed_s": fixed_s, "chunk_s": chunk_s,
@@ -221,16 +217,33 @@ class _Measurement:
             self.own_bytes = max(self.own_bytes, peak)
         return peak - before, min(seconds)
 
+    def _holes(self, kinds: Mapping[str, Unit], step_bytes: Points, logits: str) -> Points:
+        """What the peak of a step grows by if its memory comes from the heap, for the micro-batches measured."""
+        holes: Points = []
+        for n, peak in step_bytes:
+            try:
+                self._limit(n > step_bytes[0][0])
+                found: float = max(self._from_heap(unit, n, logits) for unit in kinds.values())
+            except (RuntimeError, MemoryError) as error:
+                if not limits.is_out_of_memory(error):
+                    raise
+                found = peak + self.budget_bytes  # more than there is
+            finally:
+                limits.keep_freed_memory(False)
+                limits.return_freed_memory()
+                limits.lift_data_limit()
+            holes.append((n, max(0, found - peak)))
+        return holes
+
     def _from_heap(self, unit: Unit, n: int, logits: str) -> int:
         """The peak of a step with one layer over what is resident before, if its memory comes from the heap."""
         trainer = self._trainer(self._stages([unit], 1), StreamedChoice(n, boundaries="moved", logits=logits))
-        limits.return_freed_memory()
+        trainer.differentiate(0, n)
         before = meter.usage().resident_bytes
         limits.keep_freed_memory(True)
         meter.reset_peak()
         for _ in range(_REPEATS):
             trainer.differentiate(0, n)
-        limits.keep_freed_memory(False)
         return meter.usage().peak_bytes - before
 
     def _held(self, stages: ExactStages, choice: StreamedChoice) -> tuple[int, int]:

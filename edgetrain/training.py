@@ -97,9 +97,9 @@ def _trainer(session: Session, device: Device, plan: Plan, dataset: Any) -> Trai
     spec = session.spec
     if isinstance(plan.choice, Choice):
         from edgetrain.blockwise import BlockTrainer
-        from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+        from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 
-        return BlockTrainer(session, device, plan.choice, DiffusionBlocks(spec, training_batches(spec, dataset)))
+        return BlockTrainer(session, device, plan.choice, diffusion_blocks(spec, training_batches(spec, dataset)))
     from edgetrain.models import build_network
     from edgetrain.streamed import StreamedTrainer
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, cast
 
 from devices.meter import usage
 from edgetrain import __version__
-from edgetrain.errors import BadInput, SessionCorrupt, SessionLocked, UsageError
-from edgetrain.session import Session, read_json
+from edgetrain.errors import BadInput, SessionLocked, UsageError
+from edgetrain.session import Session
 from edgetrain.store import disk
 from exporters import vit
 from exporters.manifest import MANIFEST, MODEL, PREPROCESSING, WEIGHTS, FileRecord, Manifest, block_file
@@ -143,9 +143,9 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
         digest=digest,
         seed=spec.train.seed,
         single_file=single_file,
-        image_shape=cast("tuple[int, int, int]", spec.vit.image_shape),
-        class_names=_class_names(session),
-        width=spec.vit.width,
+        image_shape=cast("tuple[int, int, int]", spec.image_model.image_shape),
+        class_names=session.class_names,
+        width=spec.image_model.width,
         schedule=spec.diffusion_blocks.noise,
         files=files,
     ).write(folder)
@@ -204,13 +204,3 @@ def _check(path: Path) -> None:
     from onnx import checker
 
     checker.check_model(str(path), full_check=True)
-
-
-def _class_names(session: Session) -> tuple[str, ...]:
-    """The names that the session keeps; numbers where it has none."""
-    numbers = [str(number) for number in range(session.spec.vit.num_classes)]
-    path = session.path / "session.json"
-    names = read_json(path).get("class_names", numbers)
-    if not isinstance(names, list) or len(names) != len(numbers) or not all(isinstance(name, str) for name in names):
-        raise SessionCorrupt(f"{path} is damaged: its class_names are no {len(numbers)} names")
-    return tuple(names)

@@ -177,7 +177,7 @@ def read_all(descriptor: int) -> bytes:
 
 def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, NDArray[np.float32]]]]:
     """(file, batch size, inputs by name) of everything that is compared; ``sigma`` as a block meets it."""
-    schedule, width, image_shape = spec.diffusion_blocks.noise, spec.vit.width, spec.vit.image_shape
+    schedule, width, image_shape = spec.diffusion_blocks.noise, spec.image_model.width, spec.image_model.image_shape
     files = [MODEL] if single_file else [block_file(block) for block in range(schedule.num_blocks)]
     for block, file in enumerate(files):
         for count in BATCH_SIZES:

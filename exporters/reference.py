@@ -99,7 +99,7 @@ class Model:
 
         match stage.kind:
             case "codebook":
-                return Codebook(self._session.spec.vit.num_classes, self._session.spec.vit.width)
+                return Codebook(self._session.spec.image_model.num_classes, self._session.spec.image_model.width)
             case "stem":
                 return self._family.build_stem()
             case "layer":
@@ -141,7 +141,9 @@ def _warm_up(spec: Spec) -> None:
     from edgetrain.models import build_family
     from edgetrain.objectives.diffusion_blocks import enter, read_out
 
-    small = replace(spec, model=replace(spec.vit, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2))
+    small = replace(
+        spec, model=replace(spec.image_model, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2)
+    )
     family = build_family(small)
     with torch.inference_mode():
         z, sigma = torch.ones(2, 8), torch.ones(2)

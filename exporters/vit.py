@@ -29,10 +29,14 @@ def denoiser(spec: Spec, block: int, shapes: Shapes) -> Graph:
 
     ``denoised`` is the mean of the unit codebook rows under the softmax of the logits: the D of the Euler step.
     """
-    graph, width = Graph(f"block{block:02d}", shapes), spec.vit.width
-    images, z, sigma = graph.input("images", *spec.vit.image_shape), graph.input("z", width), graph.input("sigma")
+    graph, width = Graph(f"block{block:02d}", shapes), spec.image_model.width
+    images, z, sigma = (
+        graph.input("images", *spec.image_model.image_shape),
+        graph.input("z", width),
+        graph.input("sigma"),
+    )
     logits, denoised = _Block(graph, spec, block).run(images, z, sigma)
-    graph.output("logits", logits, spec.vit.num_classes)
+    graph.output("logits", logits, spec.image_model.num_classes)
     graph.output("denoised", denoised, width)
     return graph
 
@@ -40,8 +44,8 @@ def denoiser(spec: Spec, block: int, shapes: Shapes) -> Graph:
 def chain(spec: Spec, shapes: Shapes) -> Graph:
     """As many Euler steps as blocks, unrolled: images (n, C, H, W), unit normal noise (n, width) -> logits of the
     last step and of the first, which is at sigma_max, each (n, classes)."""
-    graph, width, classes = Graph("chain", shapes), spec.vit.width, spec.vit.num_classes
-    images, noise = graph.input("images", *spec.vit.image_shape), graph.input("noise", width)
+    graph, width, classes = Graph("chain", shapes), spec.image_model.width, spec.image_model.num_classes
+    images, noise = graph.input("images", *spec.image_model.image_shape), graph.input("noise", width)
     schedule = spec.diffusion_blocks.noise
     grid = schedule.grid(spec.num_blocks)
     z = graph.op("Mul", noise, graph.floats(math.sqrt(1 + schedule.sigma_max**2)))
@@ -82,7 +86,7 @@ class _Block:
         else:
             output = self._two_streams(clean, noisy, condition)
         output = g.op("Gather", output, g.ints(0), axis=1)
-        output = g.reshape(output, -1, self.spec.vit.width)  # F, (n, width)
+        output = g.reshape(output, -1, self.spec.image_model.width)  # F, (n, width)
         if self.spec.diffusion_blocks.skip:
             output = self._preconditioned(output, z, sigma, norm, root)
         logits = self._logits(output, condition)
@@ -90,7 +94,7 @@ class _Block:
 
     def _one_stream(self, tokens: str, condition: str) -> str:
         for layer in self.layers:
-            tokens, _ = self._layer(layer, tokens, 1 + self.spec.vit.num_patches, condition)
+            tokens, _ = self._layer(layer, tokens, 1 + self.spec.image_model.num_patches, condition)
         return tokens
 
     def _two_streams(self, clean: str, noisy: str, condition: str) -> str:
@@ -101,19 +105,19 @@ class _Block:
             constant = g.op("Unsqueeze", constant, g.ints(0))  # (1, width)
         for layer in self.layers:
             with g.scope("clean"):
-                clean, seen = self._layer(layer, clean, self.spec.vit.num_patches, constant)
+                clean, seen = self._layer(layer, clean, self.spec.image_model.num_patches, constant)
             with g.scope("noisy"):
                 noisy, _ = self._layer(layer, noisy, 1, condition, seen)
         return noisy
 
     def _clean_tokens(self, images: str) -> str:
         """(n, C, H, W) -> (n, patches, width)."""
-        g, p = self.graph, self.spec.vit.patch
-        channels, height, width = self.spec.vit.image_shape
+        g, p = self.graph, self.spec.image_model.patch
+        channels, height, width = self.spec.image_model.image_shape
         grid = g.reshape(images, -1, channels, height // p, p, width // p, p)
         patches = g.op("Transpose", grid, perm=[0, 2, 4, 1, 3, 5])
-        patches = g.reshape(patches, -1, self.spec.vit.num_patches, channels * p * p)
-        tokens = g.linear(patches, f"{self.stem}.patches", self.spec.vit.num_patches)
+        patches = g.reshape(patches, -1, self.spec.image_model.num_patches, channels * p * p)
+        tokens = g.linear(patches, f"{self.stem}.patches", self.spec.image_model.num_patches)
         return g.op("Add", tokens, g.weight(f"{self.stem}.positions"))
 
     def _condition(self, sigma: str) -> str:
@@ -129,7 +133,7 @@ class _Block:
         self, layer: str, x: str, tokens: int, condition: str, seen: KeyValue | None = None
     ) -> tuple[str, KeyValue]:
         """x (n, tokens, width) -> the new tokens, and the keys and values of x. ``seen`` is attended to as well."""
-        g, model = self.graph, self.spec.vit
+        g, model = self.graph, self.spec.image_model
         with g.scope(layer):
             modulation = g.op("Unsqueeze", g.linear(condition, f"{layer}.modulation"), g.ints(1))  # (m, 1, 6 width)
             shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2)
@@ -174,7 +178,7 @@ class _Block:
     def _modulate(self, x: str, shift: str, scale: str) -> str:
         """Layer norm without parameters of its own, then the condition's shift and scale."""
         g = self.graph
-        ones = g.floats([1.0] * self.spec.vit.width, "ones")
+        ones = g.floats([1.0] * self.spec.image_model.width, "ones")
         normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=_EPS)
         return g.op("Add", g.op("Mul", normed, g.op("Add", scale, g.floats(1.0))), shift)
 

@@ -44,7 +44,9 @@ _QWEN3 = _LLAMA | {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "head_di
 _VIT = {
     "family": "vit", "width": 32, "depth": 3, "heads": 2, "patch": 2, "image_shape": [1, 8, 8], "num_classes": 10,
 }  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {"llama": _LLAMA, "gpt2": _GPT2, "qwen3": _QWEN3, "vit": _VIT}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA, "gpt2": _GPT2, "qwen3": _QWEN3, "vit": _VIT, "dit": _VIT | {"family": "dit"},
+}  # fmt: skip
 
 
 def cut_small(set_: Callable[[Any, str, Any], None] = setattr) -> None:
@@ -56,7 +58,7 @@ def cut_small(set_: Callable[[Any, str, Any], None] = setattr) -> None:
 
 def make_spec(model: str = "llama", **changes: Any) -> Spec:
     """A short training of a tiny model; a change is written table__key."""
-    data = {} if model == "vit" else {"source": "none", "length": LENGTH}
+    data = {} if model in ("vit", "dit") else {"source": "none", "length": LENGTH}
     base = {
         "model": MODELS[model], "data": data, "optimizer": {"lr": 1e-2},
         "train": {"objective": "exact", "steps": 2, "batch_size": 3},
@@ -91,8 +93,8 @@ class NothingCounts(Tokens):
 def images(spec: Spec) -> Any:
     """Random images and labels, as ``training_batches`` gives them."""
     random = np.random.default_rng(0)
-    pixels = random.uniform(-1, 1, (400, *spec.vit.image_shape)).astype(np.float32)
-    labels = random.integers(0, spec.vit.num_classes, 400)
+    pixels = random.uniform(-1, 1, (400, *spec.image_model.image_shape)).astype(np.float32)
+    labels = random.integers(0, spec.image_model.num_classes, 400)
 
     def batches(stage: int, step: int, first: int, count: int) -> tuple[Any, Any]:
         start = (step * spec.train.batch_size + first) % 200

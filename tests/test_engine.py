@@ -26,7 +26,7 @@ from edgetrain.data import Dataset, open_dataset, to_float
 from edgetrain.engine import Engine
 from edgetrain.errors import SessionCorrupt, SessionLocked, TrainingDiverged, UsageError
 from edgetrain.models import build_family
-from edgetrain.objectives.diffusion_blocks import DiffusionBlocks
+from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.plan import Choice, Plan, Probe
 from edgetrain.sampling import Sampler, accuracies, readouts
 from edgetrain.session import Session
@@ -58,7 +58,7 @@ def new_session(path: Path, spec: Spec) -> Session:
     """As ``edgetrain train`` makes it, with the shapes taken from modules instead of from a probe."""
     block = build_modules(spec, build_family(spec), 0)
     kinds = {"codebook": block.codebook, "stem": block.stem, "layer": block.layers[0], "head": block.head}
-    shapes = {kind: {name: list(p.shape) for name, p in module.named_parameters()} for kind, module in kinds.items()}
+    shapes = {k: {n: list(p.shape) for n, p in m.named_parameters()} for k, m in kinds.items() if m is not None}
     return create(path, spec, Probe(shapes, None, 0, 0, {}, {}))
 
 
@@ -316,7 +316,7 @@ def test_a_block_trains_as_in_a_plain_torch_loop(preset, digits, tmp_path):
         {"params": [p for n, p in named if n.endswith(".weight")], "weight_decay": 0.3},
         {"params": [p for n, p in named if not n.endswith(".weight")], "weight_decay": 0.0},
     ])  # fmt: skip
-    objective = DiffusionBlocks(spec, batches_of(spec, digits))
+    objective = diffusion_blocks(spec, batches_of(spec, digits))
     norms = []
     for step in range(spec.train.steps):
         for group in optimizer.param_groups:
@@ -388,7 +388,7 @@ def run_engine(session: Session, batches: Any, block: int, num_steps: int, choic
     steps: list[Any] = []
     with session.store.lock([group_of_block(session.spec, block)]):
         device = devices.open_device("cpu", session.scratch)
-        trainer = BlockTrainer(session, device, choice, DiffusionBlocks(session.spec, batches))
+        trainer = BlockTrainer(session, device, choice, diffusion_blocks(session.spec, batches))
         engine = Engine(session, trainer, choice.micro_batch)
         engine.warm_up()
         engine.visit(block, num_steps, steps.append)
@@ -640,7 +640,7 @@ def run(name, kind, room_bytes=None):
     session = t.new_session(folder / name, spec)
     device = t.devices.open_device("cpu", session.scratch)
     with session.store.lock(["block00"]):
-        objective = t.DiffusionBlocks(spec, t.batches_of(spec, digits))
+        objective = t.diffusion_blocks(spec, t.batches_of(spec, digits))
         trainer = t.BlockTrainer(session, device, t.Choice(192, kind, True), objective)
         engine = t.Engine(session, trainer, 192)
         engine.warm_up()

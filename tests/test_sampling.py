@@ -44,8 +44,7 @@ def block_of(session: Session, index: int) -> Block:
     """The modules of a block with the weights that are in the session's files."""
     spec = session.spec
     block = build_modules(spec, build_family(spec), index)
-    modules = [block.codebook, block.stem, *block.layers, block.head]
-    for stage, module in zip(stages_of_block(spec, index), modules, strict=True):
+    for stage, module in zip(stages_of_block(spec, index), block.modules, strict=True):
         layout, role = stage.layout(session.shapes), "weight" if stage.trained else "frozen"
         data = bytearray(layout.section_bytes(role))
         session.store.read(stage.name, role, memoryview(data))

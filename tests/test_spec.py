@@ -145,7 +145,7 @@ def test_single_keys_override_a_preset():
 
 def test_every_preset_names_known_keys():
     names = {field.name for field in dataclasses.fields(DiffusionBlocksSpec)}
-    assert all(set(preset) <= names for preset in PRESETS.values())
+    assert all(set(preset) <= names for presets in PRESETS.values() for preset in presets.values())
 
 
 @pytest.mark.parametrize("name", sorted(builtin_recipes()))

@@ -65,6 +65,7 @@ SPECS: dict[str, tuple[Spec, str | None]] = {
     "bf16": (make_spec(exact__weights="bf16"), None),
     "bf16 untied": (make_spec("gpt2", exact__weights="bf16", model__tied=False), None),
     "vit": (make_spec("vit"), None),
+    "dit": (make_spec("dit"), None),
     "vit last": (make_spec("vit", exact__train="last"), None),
     "clipped layers": (make_spec(optimizer__clip=0.03), None),
     "clipped as a whole": (make_spec(optimizer__clip=0.03, optimizer__clip_over="global"), None),
@@ -122,7 +123,7 @@ def test_no_choice_changes_a_bit(name: str, thoroughly: bool, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama tied", "gpt2", "vit", "lora dropout", "bf16 clipped as a whole"])
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "vit", "dit", "lora dropout", "bf16 clipped as a whole"])
 def test_no_combination_of_choices_changes_a_bit(name: str, tmp_path: Path) -> None:
     expected = trained(tmp_path, name, PLAIN)
     depth = SPECS[name][0].model.depth
@@ -250,7 +251,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 TRUE = {
     name: dataclasses.replace(SPECS[name][0], optimizer=OptimizerSpec(clip=1e9))
-    for name in ("llama tied", "llama untied", "gpt2", "qwen3", "lora", "lora dropout", "vit", "last layers",
+    for name in ("llama tied", "llama untied", "gpt2", "qwen3", "lora", "lora dropout", "vit", "dit", "last layers",
                  "frozen embedding", "frozen embedding, own output")
 }  # fmt: skip
 

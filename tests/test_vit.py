@@ -18,8 +18,8 @@ from edgetrain.models import build_family
 from edgetrain.models.base import Boundary
 from edgetrain.models.vit import ViTLayer
 from edgetrain.noise import preconditioning, time_frequencies
-from edgetrain.objectives.base import Block
-from edgetrain.objectives.diffusion_blocks import DiffusionBlocks, codebook_rows, enter, read_out
+from edgetrain.objectives.base import Block, Objective
+from edgetrain.objectives.diffusion_blocks import codebook_rows, diffusion_blocks, enter, read_out
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.spec import Spec, resolve
 
@@ -40,15 +40,11 @@ def paper(**changes: Any) -> Spec:
     return small(diffusion_blocks__preset="paper", **changes)
 
 
-def modules_of(block: Block) -> list[torch.nn.Module]:
-    return [block.codebook, block.stem, *block.layers, block.head]
-
-
 def initial_block(spec: Spec, index: int = 0) -> Block:
     """With the initial values that a session gets, on the CPU."""
     family, block = build_family(spec), build_modules(spec, build_family(spec), index)
     kinds = ["codebook", "stem", *["layer"] * len(block.layers), "head"]
-    for number, (kind, module) in enumerate(zip(kinds, modules_of(block), strict=True)):
+    for number, (kind, module) in enumerate(zip(kinds, block.modules, strict=True)):
         module.to_empty(device="cpu")
         for position, (name, parameter) in enumerate(module.named_parameters()):
             draws = normal(Stream(position, Purpose.INIT, number), 0, 1, parameter.numel()).reshape(parameter.shape)
@@ -62,7 +58,7 @@ def random_block(spec: Spec, index: int = 0) -> Block:
     """Every parameter random, so that nothing is hidden by a zero."""
     block = initial_block(spec, index)
     generator = torch.Generator().manual_seed(5)
-    for module in modules_of(block)[1:]:
+    for module in block.modules[1:]:
         for parameter in module.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return block
@@ -183,7 +179,7 @@ def test_the_loss_is_unweighted_cross_entropy_over_the_whole_batch(make, digits)
     block = random_block(spec)
     objective = objective_of(spec, digits)
     drawn = {name: torch.from_numpy(array) for name, array in objective.draw(0, 3, 0, 6).items()}
-    z = block.codebook()[drawn["labels"]] + drawn["sigma"][:, None] * drawn["eps"]
+    z = block.rows[drawn["labels"]] + drawn["sigma"][:, None] * drawn["eps"]
     logits, boundary = run(spec, block, drawn["images"], z, drawn["sigma"])
     expected = -logits.log_softmax(1)[range(6), drawn["labels"]].sum() / BATCH
     torch.testing.assert_close(objective.loss(block, drawn, Keep()), expected)
@@ -203,7 +199,7 @@ def test_the_auxiliary_loss_reads_the_mean_of_the_clean_tokens(digits):
     block = random_block(spec)
     objective = objective_of(spec, digits)
     drawn = {name: torch.from_numpy(array) for name, array in objective.draw(0, 0, 0, BATCH).items()}
-    z = block.codebook()[drawn["labels"]] + drawn["sigma"][:, None] * drawn["eps"]
+    z = block.rows[drawn["labels"]] + drawn["sigma"][:, None] * drawn["eps"]
     logits, boundary = run(spec, block, drawn["images"], z, drawn["sigma"])
     head: Any = block.head
     auxiliary = head.auxiliary(plain_norm(boundary.carried["clean"].mean(1)))
@@ -278,13 +274,13 @@ def test_the_codebook_is_read_normalised():
 # ------------------------------------------------------------------------------------------ what it can learn
 
 
-def objective_of(spec: Spec, dataset: Dataset, same_batch: bool = False) -> DiffusionBlocks:
+def objective_of(spec: Spec, dataset: Dataset, same_batch: bool = False) -> Objective:
     def batches(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
         start = first if same_batch else step * spec.train.batch_size + first
         images, labels = dataset.read(np.arange(start, start + count))
         return to_float(images), labels
 
-    return DiffusionBlocks(spec, batches)
+    return diffusion_blocks(spec, batches)
 
 
 class Trained:
@@ -293,7 +289,7 @@ class Trained:
     def __init__(self, spec: Spec, dataset: Dataset) -> None:
         self.spec, self.block = spec, initial_block(spec)
         self.objective = objective_of(spec, dataset, same_batch=True)
-        parameters = [p for module in modules_of(self.block) for p in module.parameters() if p.requires_grad]
+        parameters = [p for module in self.block.modules for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=5e-3)
         for step in range(250):
             loss = self.objective.loss(self.block, self.draw(step), Keep())
@@ -314,7 +310,7 @@ class Trained:
     @torch.no_grad()
     def logits(self, drawn: dict[str, Tensor], noised: Tensor) -> Tensor:
         """With ``noised`` in place of the labels that are diffused."""
-        z = self.block.codebook()[noised] + drawn["sigma"][:, None] * drawn["eps"]
+        z = self.block.rows[noised] + drawn["sigma"][:, None] * drawn["eps"]
         return run(self.spec, self.block, drawn["images"], z, drawn["sigma"])[0]
 
 

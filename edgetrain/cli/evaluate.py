@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +15,12 @@ from edgetrain.cli import options
 from edgetrain.errors import UsageError
 
 if TYPE_CHECKING:
+    from devices import Device
+    from edgetrain.data import Dataset
+    from edgetrain.image_sampling import ImageSampler
     from edgetrain.session import Session
+
+_NOISE_LEVELS = 6
 
 
 @click.command("evaluate")
@@ -42,8 +48,9 @@ def command(
 ) -> None:
     """How good SESSION's model is on data that it was not trained on.
 
-    Of a classifier, accuracy: by the chain of Euler steps, and by block 0 alone at sigma_max. Of a language model, the
-    mean loss of a token and the perplexity on the text held out (--split test), or on what it was trained on.
+    Of a classifier, accuracy: by the chain of Euler steps, and by block 0 alone at sigma_max. Of a generator of images,
+    the mean square error of a denoised pixel at some noise levels. Of a language model, the mean loss of a token and
+    the perplexity on the text held out (--split test), or on what it was trained on.
 
     \b
     Example:
@@ -75,23 +82,14 @@ def command(
     from devices.limits import is_out_of_memory
     from edgetrain.errors import BudgetBroken
     from edgetrain.governor import Governor
-    from edgetrain.sampling import CHUNK_BYTES, Classifier, Sampler, accuracies, readouts
+    from edgetrain.sampling import CHUNK_BYTES
     from edgetrain.units import format_bytes
 
-    micro_batch = min(found.progress(b).micro_batch for b in range(spec.num_blocks))
-    opened = devices.open_device(device)
-    if spec.is_exact:
-        classifier = Classifier(found, opened, micro_batch or 1)
-        classifier.warm_up()
-        compute = lambda: {"top-1": classifier.accuracy(dataset)}  # noqa: E731
-    else:
-        sampler = Sampler(found, opened, micro_batch)
-        sampler.warm_up()
-        compute = lambda: accuracies(sampler, dataset, readouts(spec.num_blocks, euler_steps, draws))  # noqa: E731
+    compute = _measurement(found, dataset, devices.open_device(device), euler_steps, draws)
     governor = Governor(budget)
     with governor.hold(CHUNK_BYTES):
         try:
-            values = compute()
+            results = [{**row, "split": split, "num_examples": dataset.num_examples} for row in compute()]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -100,22 +98,55 @@ def command(
                 "Raise --memory-budget.",
             ) from error
     governor.check()
-    results = [
-        {"metric": "accuracy", "value": accuracy, "readout": readout, "split": split,
-         "num_examples": dataset.num_examples}
-        for readout, accuracy in values.items()
-    ]  # fmt: skip
     peak = meter.usage().peak_bytes
     value = {"session": str(session), "results": results, "peak_bytes": peak, "budget_bytes": budget}
 
     def text() -> str:
-        lines = [f"{r['readout']:18} accuracy {r['value']:6.2f} %" for r in results]
+        lines = [
+            f"{r['readout']:18} {r['metric']} " + (f"{r['value']:6.2f} %" if "sigma" not in r else f"{r['value']:.6f}")
+            for r in results
+        ]
         return "\n".join([
             *lines,
             f"{dataset.num_examples} {split} examples; peak {format_bytes(peak)} of {format_bytes(budget)}",
         ])  # fmt: skip
 
     options.emit(value, as_json, text)
+
+
+def _measurement(
+    session: Session, dataset: Dataset, device: Device, euler_steps: int | None, draws: int
+) -> Callable[[], list[dict[str, Any]]]:
+    """What makes the results of a model of images, warmed up."""
+    from edgetrain.image_sampling import ImageSampler
+    from edgetrain.sampling import Classifier, Sampler, accuracies, readouts
+
+    spec = session.spec
+    micro_batch = min(session.progress(b).micro_batch for b in range(spec.num_blocks)) or 1
+    if spec.model.family == "dit":
+        images = ImageSampler(session, device, micro_batch)
+        images.warm_up()
+        return lambda: _errors(images, dataset)
+    if spec.is_exact:
+        classifier = Classifier(session, device, micro_batch)
+        classifier.warm_up()
+        return lambda: _accuracies({"top-1": classifier.accuracy(dataset)})
+    sampler = Sampler(session, device, micro_batch)
+    sampler.warm_up()
+    rows = readouts(spec.num_blocks, euler_steps, draws)
+    return lambda: _accuracies(accuracies(sampler, dataset, rows))
+
+
+def _accuracies(values: Mapping[str, float]) -> list[dict[str, Any]]:
+    return [{"metric": "accuracy", "value": value, "readout": readout} for readout, value in values.items()]
+
+
+def _errors(sampler: ImageSampler, dataset: Dataset) -> list[dict[str, Any]]:
+    return [
+        {"metric": "mse", "value": one.mse, "readout": f"sigma {one.sigma:.4g}", "sigma": one.sigma,
+         "block": one.block, "weighted": one.mse * one.weight}
+        for one in sampler.errors(dataset, _NOISE_LEVELS)
+    ]  # fmt: skip
 
 
 def _language(

@@ -27,7 +27,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
 
 @click.command("generate")
 @click.argument("model", metavar="SESSION|DIR", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--prompt", required=True, help="The text to go on from.")
+@click.option("--prompt", help="The text to go on from.")
 @click.option("--chat", is_flag=True, help="The prompt is a message of a user, for the model's chat template.")
 @click.option(
     "--temperature",
@@ -47,34 +47,73 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Decides what is drawn.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Write at most so many.")
+@click.option("--to", "file", type=click.Path(path_type=Path, dir_okay=False), help="Images: the PNG to write.")
+@click.option("--count", type=click.IntRange(1), help="Images: how many.  [8 of each class]")
+@click.option("--classes", help="Images: of which classes, by number or name, as in 0,3 or dress,bag.  [all]")
+@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Images: Euler steps.")
+@click.option(
+    "--guidance", type=click.FloatRange(0), callback=_finite, default=2.0, show_default=True,
+    help="Images: how much a class counts; 1 is what was trained.",
+)  # fmt: skip
 @options.BUDGET
 @options.DEVICE
 @options.THREADS
 @options.JSON
 def command(
     model: Path,
-    prompt: str,
+    prompt: str | None,
     chat: bool,
     temperature: float,
     top_p: float,
     seed: int,
+    max_tokens: int,
+    file: Path | None,
+    count: int | None,
+    classes: str | None,
+    steps: int,
+    guidance: float,
+    budget: int | None,
+    device: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Text by the language model of a session, or of a Hugging Face folder DIR; images by a session's generator.
+
+    Layers that the budget has no room for are read again for each token; the text is the same. Without
+    --memory-budget a session has the budget of its training, and of a folder all is in memory.
+    Images come in a grid, the classes in turn; only the block that a step needs is in memory.
+
+    \b
+    Examples:
+      edgetrain generate my-session --prompt "Once upon a time"
+      edgetrain generate SmolLM2-135M-Instruct --chat --prompt "What is rain?" --memory-budget 400MiB
+      edgetrain generate my-dit --to grid.png --classes 0,1,2 --guidance 2
+    """
+    options.check_device(device)
+    if (generator := _generator(model)) is not None:
+        from edgetrain.cli.images import Wanted, paint
+
+        if file is None:
+            raise UsageError(f"{model} makes images", "Say where to: --to grid.png.")
+        paint(generator, Wanted(file, count, classes, steps, guidance, seed), budget, device, threads, as_json)
+        return
+    if prompt is None:
+        raise UsageError("there is no text to go on from", "Give it by --prompt.")
+    _write(model, prompt, chat, (temperature, top_p, seed), max_tokens, budget, device, threads, as_json)
+
+
+def _write(
+    model: Path,
+    prompt: str,
+    chat: bool,
+    sampling: tuple[float, float, int],
     max_tokens: int,
     budget: int | None,
     device: str,
     threads: int,
     as_json: bool,
 ) -> None:
-    """Text by the language model of a session, or of a Hugging Face folder DIR.
-
-    Layers that the budget has no room for are read again for each token; the text is the same. Without
-    --memory-budget a session has the budget of its training, and of a folder all is in memory.
-
-    \b
-    Examples:
-      edgetrain generate my-session --prompt "Once upon a time"
-      edgetrain generate SmolLM2-135M-Instruct --chat --prompt "What is rain?" --memory-budget 400MiB
-    """
-    options.check_device(device)
+    """Text. ``sampling``: temperature, top_p and seed."""
     from devices.limits import prepare_process, return_freed_memory
 
     prepare_process(threads)  # before tokenizing: memory that it frees then leaves the process
@@ -106,8 +145,7 @@ def command(
     with language_model.within(budget, needed, needed):
         began = time.perf_counter()
         context = Context(language_model, total)
-        sampling = generation.Sampling(temperature, top_p, seed)
-        for token in generation.generate(context.read, tokens, max_tokens, ends, sampling):
+        for token in generation.generate(context.read, tokens, max_tokens, ends, generation.Sampling(*sampling)):
             made.append(token)
             if token not in ends:
                 pieces.append(writer.add(token))
@@ -129,6 +167,14 @@ def command(
     options.emit(value, as_json, lambda: pieces[-1] if shows else value["text"])
     if sys.stderr.isatty() and not as_json:
         click.echo(_summary(value), err=True)
+
+
+def _generator(path: Path) -> Session | None:
+    """The session at ``path``, if what it trains makes images."""
+    from edgetrain.session import Session
+
+    session = Session.open(path) if Session.exists(path) else None
+    return session if session is not None and session.spec.model.family == "dit" else None
 
 
 def _open(path: Path) -> Session | Checkpoint:

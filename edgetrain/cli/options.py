@@ -86,13 +86,13 @@ def open_data(spec: Spec, split: str, scratch: Path) -> tuple[Spec, Dataset]:
     from edgetrain.data import open_dataset
 
     dataset = open_dataset(spec.data.source, split, scratch)
-    known = (spec.vit.image_shape, spec.vit.num_classes)
-    if spec.vit.image_shape and known != (dataset.image_shape, dataset.num_classes):
+    known = (spec.image_model.image_shape, spec.image_model.num_classes)
+    if spec.image_model.image_shape and known != (dataset.image_shape, dataset.num_classes):
         raise BadInput(
             f"{spec.data.source} has {dataset.num_classes} classes of images {dataset.image_shape}, the session was "
-            f"made for {spec.vit.num_classes} classes of {spec.vit.image_shape}"
+            f"made for {spec.image_model.num_classes} classes of {spec.image_model.image_shape}"
         )
-    model = replace(spec.vit, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
+    model = replace(spec.image_model, image_shape=dataset.image_shape, num_classes=dataset.num_classes)
     return replace(spec, model=model), dataset
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from edgetrain.models.base import Family, Network
+from edgetrain.models.dit import DenoisingNetwork, DiT
 from edgetrain.models.vit import ClassifierNetwork, ViT
 from edgetrain.spec import LanguageModelSpec, Spec, StackSpec
 
-_FAMILIES: dict[str, type[Family]] = {"vit": ViT}
+_FAMILIES: dict[str, type[Family]] = {"vit": ViT, "dit": DiT}
 
 
 def build_network(spec: Spec, dataset: Any) -> Network:
@@ -21,7 +22,7 @@ def build_network(spec: Spec, dataset: Any) -> Network:
         from edgetrain.models.stack import StackNetwork
 
         return StackNetwork(spec, dataset)
-    return ClassifierNetwork(spec, dataset)
+    return DenoisingNetwork(spec, dataset) if spec.model.family == "dit" else ClassifierNetwork(spec, dataset)
 
 
 def build_family(spec: Spec) -> Family:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgetrain.models.base import Boundary, Family, Layer, Network
 from edgetrain.noise import time_frequencies
-from edgetrain.spec import Spec
+from edgetrain.spec import ModelSpec, Spec
 
 _NUM_FREQUENCIES = 32
 _EPS = 1e-6
@@ -44,41 +44,53 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * patch * patch)
 
 
-class Stem(nn.Module):
-    """Patches, positions, the noisy token and the condition."""
+class PatchStem(nn.Module):
+    """Patches, positions, and the embedding of a noise level."""
 
-    def __init__(self, image_shape: tuple[int, ...], patch: int, num_patches: int, width: int, streams: int) -> None:
+    def __init__(self, model: ModelSpec) -> None:
         super().__init__()
-        self.patch = patch
-        self.streams = streams
-        self.patches = nn.Linear(image_shape[0] * patch * patch, width)
-        self.positions = nn.Parameter(torch.empty(num_patches, width))
-        self.noisy = nn.Linear(width, width)
+        width = model.width
+        self.patch = model.patch
+        self.patches = nn.Linear(model.image_shape[0] * model.patch * model.patch, width)
+        self.positions = nn.Parameter(torch.empty(model.num_patches, width))
         self.time_in = nn.Linear(2 * _NUM_FREQUENCIES, width)
         self.time_out = nn.Linear(width, width)
-        if streams == 2:
-            self.clean_condition = nn.Parameter(torch.empty(width))
 
-    def clean_tokens(self, images: Tensor) -> Tensor:
+    def tokens_of(self, images: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, patches, width)."""
         return self.patches(patch_pixels(images, self.patch)) + self.positions
 
-    def condition(self, c_noise: Tensor) -> Tensor:
-        """c_noise (n,) -> SiLU of the condition, (n, 1, width)."""
+    def embed_time(self, c_noise: Tensor) -> Tensor:
+        """c_noise (n,) -> (n, width)."""
         angles = c_noise[:, None] * torch.tensor(time_frequencies(_NUM_FREQUENCIES), device=c_noise.device)
         features = torch.cat([angles.sin(), angles.cos()], dim=1)
-        return F.silu(self.time_out(F.silu(self.time_in(features))))[:, None]
+        return self.time_out(F.silu(self.time_in(features)))
+
+
+class Stem(PatchStem):
+    """That of the classifier: the noisy token beside the patches, and the condition."""
+
+    def __init__(self, model: ModelSpec, streams: int) -> None:
+        super().__init__(model)
+        self.streams = streams
+        self.noisy = nn.Linear(model.width, model.width)
+        if streams == 2:
+            self.clean_condition = nn.Parameter(torch.empty(model.width))
+
+    def condition(self, c_noise: Tensor) -> Tensor:
+        """c_noise (n,) -> SiLU of the condition, (n, 1, width)."""
+        return F.silu(self.embed_time(c_noise))[:, None]
 
     def clean(self, images: Tensor) -> Boundary:
         """Of two streams, the one that depends on the images alone."""
-        return Boundary({"clean": self.clean_tokens(images)}, {"clean_condition": F.silu(self.clean_condition)})
+        return Boundary({"clean": self.tokens_of(images)}, {"clean_condition": F.silu(self.clean_condition)})
 
     def forward(self, images: Tensor, scaled_z: Tensor, c_noise: Tensor) -> Boundary:
         """images (n, C, H, W), c_in * z (n, width), c_noise (n,)."""
         noisy = self.noisy(scaled_z)[:, None]
         condition = self.condition(c_noise)
         if self.streams == 1:
-            return Boundary({"tokens": torch.cat([noisy, self.clean_tokens(images)], 1)}, {"condition": condition})
+            return Boundary({"tokens": torch.cat([noisy, self.tokens_of(images)], 1)}, {"condition": condition})
         clean = self.clean(images)
         return Boundary({**clean.carried, "noisy": noisy}, {**clean.context, "condition": condition})
 
@@ -174,31 +186,35 @@ class ClassifierStem(nn.Module):
         return Boundary({"tokens": torch.cat([token, patches], 1)}, {"condition": condition})
 
 
+def initial_values(stage_kind: str, name: str, normal: NDArray[np.float32], gate: float) -> NDArray[np.float32]:
+    """Initial values of a parameter of the vision transformers, from unit normals of its shape."""
+    if name in ("positions", "clean_condition", "token", "classes"):
+        return normal * np.float32(_POSITION_STD)
+    if normal.ndim == 2 and not name.startswith(("modulation", "readout", "auxiliary")):
+        return normal * np.float32(normal.shape[1] ** -0.5)
+    values = np.zeros_like(normal)
+    if stage_kind == "layer" and name == "modulation.bias":
+        gates = values.reshape(6, -1)[2::3]
+        gates[:] = gate
+    return values
+
+
 class ViT(Family):
     """Stages of the classifier."""
 
     def build_stem(self) -> Stem:
-        model, method = self.spec.vit, self.spec.diffusion_blocks
-        return Stem(model.image_shape, model.patch, model.num_patches, model.width, method.streams)
+        return Stem(self.spec.image_model, self.spec.diffusion_blocks.streams)
 
     def build_layer(self) -> ViTLayer:
-        model = self.spec.vit
+        model = self.spec.image_model
         return ViTLayer(model.width, model.heads, model.mlp_ratio)
 
     def build_head(self) -> Head:
-        model = self.spec.vit
+        model = self.spec.image_model
         return Head(model.width, model.num_classes, self.spec.diffusion_blocks.auxiliary > 0)
 
     def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        if name in ("positions", "clean_condition", "token"):
-            return normal * np.float32(_POSITION_STD)
-        if normal.ndim == 2 and not name.startswith(("modulation", "readout", "auxiliary")):
-            return normal * np.float32(normal.shape[1] ** -0.5)
-        values = np.zeros_like(normal)
-        if stage_kind == "layer" and name == "modulation.bias":
-            gates = values.reshape(6, -1)[2::3]
-            gates[:] = self.spec.diffusion_blocks.gate
-        return values
+        return initial_values(stage_kind, name, normal, self.spec.diffusion_blocks.gate)
 
     def decays(self, name: str, shape: tuple[int, ...]) -> bool:
         return name.endswith(".weight")
@@ -209,14 +225,14 @@ class ClassifierNetwork(Network):
 
     def __init__(self, spec: Spec, batches: Batches | None) -> None:
         self.spec, self.family, self.batches = spec, ViT(spec), batches
-        self.guess = math.log(max(2, spec.vit.num_classes))
+        self.guess = math.log(max(2, spec.image_model.num_classes))
 
     @property
     def examples(self) -> str:
         return "images"
 
     def build(self, kind: str) -> nn.Module:
-        model = self.spec.vit
+        model = self.spec.image_model
         if kind == "stem":
             return ClassifierStem(model.image_shape, model.patch, model.num_patches, model.width)
         return Head(model.width, model.num_classes, False) if kind == "head" else self.family.build_layer()

@@ -18,17 +18,34 @@ from edgetrain.spec import Spec
 
 @dataclass(frozen=True)
 class Block:
-    """The modules of one block, bound to the weights that are resident now."""
+    """The modules of one block, bound to the weights that are resident now. ``codebook``: that of a classifier."""
 
     index: int
-    codebook: nn.Module
     stem: nn.Module
     layers: Sequence[Layer]
     head: nn.Module
+    codebook: nn.Module | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """In the order of ``stages_of_block``."""
+        return [*([] if self.codebook is None else [self.codebook]), self.stem, *self.layers, self.head]
+
+    @property
+    def rows(self) -> Tensor:
+        """The codebook's unit rows (classes, width)."""
+        assert self.codebook is not None
+        rows: Tensor = self.codebook()
+        return rows
 
 
 class Objective(abc.ABC):
     """A way to train blocks. The engine owns memory, disk and time; the objective owns the mathematics."""
+
+    @property
+    @abc.abstractmethod
+    def guess(self) -> float:
+        """The loss of guessing."""
 
     @abc.abstractmethod
     def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, Any]:

@@ -1,10 +1,12 @@
 """Blocks trained alone by denoising (Shing et al., arXiv 2506.14202): no gradient crosses a block border.
 
-What is noised is a unit row of a codebook, the embedding of the label; the loss is unweighted cross-entropy.
+Of a classifier, what is noised is a unit row of a codebook, the embedding of the label; the loss is unweighted
+cross-entropy. Of a generator it is the image, and the loss EDM's weighted square error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from edgetrain import noise
 from edgetrain.activations import Activations
+from edgetrain.models import dit
 from edgetrain.models.base import Boundary
 from edgetrain.models.vit import Batches
 from edgetrain.objectives.base import Block, Objective
@@ -48,7 +51,12 @@ def codebook_rows(normals: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows.astype(np.float32)
 
 
-class DiffusionBlocks(Objective):
+def diffusion_blocks(spec: Spec, batches: Batches) -> Objective:
+    """The objective for the spec's family."""
+    return DenoisedImages(spec, batches) if spec.model.family == "dit" else DenoisedLabels(spec, batches)
+
+
+class DenoisedLabels(Objective):
     """The objective for the classifier."""
 
     def __init__(self, spec: Spec, batches: Batches) -> None:
@@ -56,9 +64,13 @@ class DiffusionBlocks(Objective):
         self.batches = batches
         self.schedule = spec.diffusion_blocks.noise
 
+    @property
+    def guess(self) -> float:
+        return math.log(max(2, self.spec.image_model.num_classes))
+
     def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
         """images (count, C, H, W), labels (count,), sigma (count,) and eps (count, width)."""
-        seed, width = self.spec.train.seed, self.spec.vit.width
+        seed, width = self.spec.train.seed, self.spec.image_model.width
         images, labels = self.batches(block, step, first, count)
         uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
         return {
@@ -70,7 +82,7 @@ class DiffusionBlocks(Objective):
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         method, labels = self.spec.diffusion_blocks, draw["labels"]
-        y = block.codebook()[labels]  # (n, width)
+        y = block.rows[labels]  # (n, width)
         z = y + draw["sigma"][:, None] * draw["eps"]
         boundary = enter(self.spec, block.stem, draw["images"], z, draw["sigma"])
         for layer in block.layers:
@@ -81,6 +93,25 @@ class DiffusionBlocks(Objective):
             auxiliary = block.head.auxiliary_logits(boundary)  # type: ignore[operator]
             total = total + method.auxiliary * F.cross_entropy(auxiliary, labels, reduction="sum")
         return total / self.spec.train.batch_size
+
+
+class DenoisedImages(Objective):
+    """The objective for the generator: each block denoises images at the noise levels of its band."""
+
+    guess = 1.0  # of F = 0, where sigma_data is that of the data
+
+    def __init__(self, spec: Spec, batches: Batches) -> None:
+        self.spec = spec
+        self.batches = dit.NoisyBatches(spec, batches, spec.diffusion_blocks.noise)
+
+    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        return self.batches.draw(block, step, first, count)
+
+    def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
+        boundary = dit.enter(self.spec, block.stem, dit.noisy(draw), draw["sigma"], draw["labels"])
+        for layer in block.layers:
+            boundary = activations.run(layer, boundary)
+        return dit.weighted_error(self.spec, block.head(boundary), draw) / self.spec.train.batch_size
 
 
 def enter(spec: Spec, stem: nn.Module, images: Tensor, z: Tensor, sigma: Tensor) -> Boundary:

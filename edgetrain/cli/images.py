@@ -1,0 +1,113 @@
+"""What ``edgetrain generate`` does for a generator of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgetrain.cli import options
+from edgetrain.errors import BudgetBroken, DiskError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgetrain.session import Session
+
+_OF_EACH_CLASS = 8
+_GAP = 2  # pixels between two images
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """``classes``: numbers or names with commas between; None: all. ``count``: of all images."""
+
+    file: Path
+    count: int | None
+    classes: str | None
+    steps: int
+    guidance: float
+    seed: int
+
+
+def paint(session: Session, wanted: Wanted, budget: int | None, device: str, threads: int, as_json: bool) -> None:
+    """Writes a PNG with a grid of images, the classes in turn, as many columns as there are classes."""
+    budget = options.saved_budget(session, budget)
+    chosen = _chosen(session, wanted.classes)
+    count = wanted.count or _OF_EACH_CLASS * len(chosen)
+    labels = [chosen[i % len(chosen)] for i in range(count)]
+    options.start_torch(threads)
+    import devices
+    from devices import meter
+    from devices.limits import is_out_of_memory
+    from edgetrain.governor import Governor
+    from edgetrain.image_sampling import CHUNK_BYTES, ImageSampler
+    from edgetrain.units import format_bytes
+
+    spec = session.spec
+    micro_batch = min(session.progress(block).micro_batch for block in range(spec.num_blocks))
+    sampler = ImageSampler(session, devices.open_device(device), micro_batch or 1)
+    sampler.warm_up()
+    governor = Governor(budget)
+    with governor.hold(CHUNK_BYTES):
+        try:
+            images = sampler.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BudgetBroken(
+                f"generating one image at a time needs more than {format_bytes(budget)} of memory: {error}",
+                "Raise --memory-budget.",
+            ) from error
+        _write(grid_of(images, len(chosen)), wanted.file)
+    governor.check()
+    value: dict[str, Any] = {
+        "file": str(wanted.file), "images": count, "classes": labels, "steps": wanted.steps,
+        "guidance": wanted.guidance, "seed": wanted.seed, "peak_bytes": meter.usage().peak_bytes,
+        "budget_bytes": budget,
+    }  # fmt: skip
+    peak = f"peak {format_bytes(value['peak_bytes'])} of {format_bytes(budget)}"
+    options.emit(value, as_json, lambda: f"{wanted.file}: {count} images; {peak}")
+
+
+def _chosen(session: Session, classes: str | None) -> list[int]:
+    """The classes wanted, by number."""
+    names = session.class_names
+    if classes is None:
+        return list(range(len(names)))
+    chosen = []
+    for word in (part.strip() for part in classes.split(",")):
+        if word in names:
+            chosen.append(names.index(word))
+        elif word.isdecimal() and int(word) < len(names):
+            chosen.append(int(word))
+        else:
+            raise UsageError(f"there is no class {word!r}", f"There are 0 to {len(names) - 1}: {', '.join(names)}.")
+    return chosen
+
+
+def grid_of(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
+    """images (n, C, H, W), row by row on black -> (height, width, C)."""
+    import numpy as np
+
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    grid = np.zeros((rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, channels), np.uint8)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        top, left = row * (height + _GAP), column * (width + _GAP)
+        grid[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return grid
+
+
+def _write(grid: NDArray[np.uint8], file: Path) -> None:
+    from PIL import Image
+
+    pixels: Any = grid[..., 0] if grid.shape[2] == 1 else grid
+    aside = file.with_name(f"{file.name}.part")
+    try:
+        Image.fromarray(pixels).save(aside, format="PNG")
+        aside.replace(file)
+    except OSError as error:
+        raise DiskError(f"{file} cannot be written: {error}", "Choose another place by --to.") from error

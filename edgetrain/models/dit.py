@@ -1,0 +1,172 @@
+"""A diffusion transformer that generates images of a class (DiT, arXiv 2212.09748), by DiffusionBlocks or as a whole.
+
+Input of a block: a noisy image z = y + sigma * eps and a class; output: F of EDM's preconditioning, from which
+D = c_skip z + c_out F is the denoised image (Karras et al., arXiv 2206.00364, equation 7). A part of the training
+images comes without its class, so that guidance has a model of all of them (arXiv 2207.12598).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgetrain import noise
+from edgetrain.models.base import Boundary, Family, Network
+from edgetrain.models.vit import Batches, PatchStem, ViTLayer, initial_values, modulate
+from edgetrain.randomness import Purpose, Stream, normal, uniform
+from edgetrain.spec import ModelSpec, Spec
+
+
+def unpatch(pixels: Tensor, image_shape: tuple[int, ...], patch: int) -> Tensor:
+    """(n, patches, C * patch * patch) -> (n, C, H, W): the inverse of ``patch_pixels``."""
+    channels, height, width = image_shape
+    grid = pixels.reshape(-1, height // patch, width // patch, channels, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+
+
+class Stem(PatchStem):
+    """Patches of the noisy image; the condition is made of the noise level and of the class, the last row being that
+    of no class."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__(model)
+        self.classes = nn.Parameter(torch.empty(model.num_classes + 1, model.width))
+
+    def forward(self, scaled_z: Tensor, c_noise: Tensor, labels: Tensor) -> Boundary:
+        """c_in * z (n, C, H, W), c_noise (n,), labels (n,)."""
+        condition = F.silu(self.embed_time(c_noise) + self.classes[labels])[:, None]  # (n, 1, width)
+        return Boundary({"tokens": self.tokens_of(scaled_z)}, {"condition": condition})
+
+
+class Head(nn.Module):
+    """The pixels of each token, after a norm that adapts to the condition."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__()
+        self.image_shape, self.patch = model.image_shape, model.patch
+        self.modulation = nn.Linear(model.width, 2 * model.width)
+        self.readout = nn.Linear(model.width, model.image_shape[0] * model.patch * model.patch)
+
+    def forward(self, boundary: Boundary) -> Tensor:
+        """F(c_in * z; c_noise, class), (n, C, H, W)."""
+        shift, scale = self.modulation(boundary.context["condition"]).chunk(2, -1)
+        pixels = self.readout(modulate(boundary.carried["tokens"], shift, scale))
+        return unpatch(pixels, self.image_shape, self.patch)
+
+
+class DiT(Family):
+    """Stages of the generator."""
+
+    def build_stem(self) -> Stem:
+        return Stem(self.spec.image_model)
+
+    def build_layer(self) -> ViTLayer:
+        model = self.spec.image_model
+        return ViTLayer(model.width, model.heads, model.mlp_ratio)
+
+    def build_head(self) -> Head:
+        return Head(self.spec.image_model)
+
+    def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
+        return initial_values(stage_kind, name, normal, self.spec.diffusion_blocks.gate)
+
+    def decays(self, name: str, shape: tuple[int, ...]) -> bool:
+        return name.endswith(".weight")
+
+
+class NoisyBatches:
+    """What examples of a step are made of: a pure function of the counters.
+
+    Args:
+        batches: reads images and labels; the first argument is the block, with an order of its own.
+        schedule: whose bands the noise levels are drawn from.
+    """
+
+    def __init__(self, spec: Spec, batches: Batches, schedule: noise.NoiseSchedule) -> None:
+        self.spec, self.batches, self.schedule = spec, batches, schedule
+
+    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        """images and eps (count, C, H, W), labels (count,), of which some are that of no class, and sigma (count,)."""
+        seed, model = self.spec.train.seed, self.spec.image_model
+        images, labels = self.batches(block, step, first, count)
+        uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
+        dropped = uniform(Stream(seed, Purpose.DROPOUT, block, step), first, count)[:, 0] < model.class_dropout
+        eps = normal(Stream(seed, Purpose.NOISE, block, step), first, count, images[0].size)
+        return {
+            "images": images,
+            "labels": np.where(dropped, model.num_classes, labels),
+            "sigma": np.array(self.schedule.draw(block, uniforms.tolist()), np.float32),
+            "eps": eps.reshape(images.shape),
+        }
+
+
+def noisy(batch: Mapping[str, Tensor]) -> Tensor:
+    """z = y + sigma * eps, (n, C, H, W)."""
+    return batch["images"] + batch["sigma"][:, None, None, None] * batch["eps"]
+
+
+def enter(spec: Spec, stem: nn.Module, z: Tensor, sigma: Tensor, labels: Tensor) -> Boundary:
+    """The first boundary: z (n, C, H, W), sigma (n,), labels (n,)."""
+    _, _, c_in = noise.preconditioning(sigma, spec.sigma_data)
+    boundary: Boundary = stem(c_in[:, None, None, None] * z, sigma.log() / 4, labels)  # c_noise of EDM, table 1
+    return boundary
+
+
+def denoised(spec: Spec, output: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+    """D = c_skip z + c_out F of the network's ``output`` F; all (n, C, H, W) but sigma (n,)."""
+    c_skip, c_out, _ = (c[:, None, None, None] for c in noise.preconditioning(sigma, spec.sigma_data))
+    return c_skip * z + c_out * output
+
+
+def weighted_error(spec: Spec, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """The sum over examples of w(sigma) |D - y|^2 / pixels (EDM, equation 8); w(sigma) c_out^2 = 1."""
+    sigma = batch["sigma"]
+    error = (denoised(spec, output, noisy(batch), sigma) - batch["images"]).square().mean((1, 2, 3))
+    return (noise.loss_weight(sigma, spec.sigma_data) * error).sum()
+
+
+class DenoisingNetwork(Network):
+    """The same transformer trained as a whole, every layer at every noise level."""
+
+    guess = 1.0  # of F = 0, where sigma_data is that of the data
+
+    def __init__(self, spec: Spec, batches: Batches | None) -> None:
+        self.spec, self.family = spec, DiT(spec)
+        whole = dataclasses.replace(spec.diffusion_blocks.noise, num_blocks=1)
+        self.batches = None if batches is None else NoisyBatches(spec, batches, whole)
+
+    @property
+    def examples(self) -> str:
+        return "images"
+
+    def build(self, kind: str) -> nn.Module:
+        if kind == "stem":
+            return self.family.build_stem()
+        return self.family.build_head() if kind == "head" else self.family.build_layer()
+
+    def draw(self, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        assert self.batches is not None
+        return self.batches.draw(0, step, first, count)
+
+    def enter(self, stem: nn.Module, batch: Mapping[str, Tensor]) -> Boundary:
+        return enter(self.spec, stem, noisy(batch), batch["sigma"], batch["labels"])
+
+    def layer(self, layer: nn.Module, boundary: Boundary) -> Boundary:
+        advanced: Boundary = layer(boundary)
+        return advanced
+
+    def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
+        return weighted_error(self.spec, head(boundary), batch) / self.spec.train.batch_size
+
+    def initialise(self, kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.family.initialise(kind, name, normal)
+
+    def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:
+        return self.family.decays(name, shape)
