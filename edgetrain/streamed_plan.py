@@ -25,7 +25,7 @@ from edgetrain.plan import (
     splits,
 )
 from edgetrain.spec import LanguageModelSpec, Spec
-from edgetrain.stages import ExactStages, Shapes, Unit, exact_stages
+from edgetrain.stages import ExactStages, Shapes, Unit, exact_stages, rows_of_chunk
 from edgetrain.store.layout import StageLayout
 from edgetrain.units import MIB
 
@@ -50,8 +50,8 @@ class LayerProbe:
 @dataclass(frozen=True)
 class StreamedProbe:
     """What was measured: memory before any buffer; the peak of a step over it, without buffers and boundaries, by
-    micro-batch; by what becomes of the logits, what that peak grows by if freed memory is used again, and seconds of
-    one chunk of an output table; and seconds of stem and head.
+    micro-batch, and what it grows by if freed memory is used again; seconds of stem and head, and by what becomes of
+    the logits, of one chunk of an output table.
 
     ``boundary_bytes``: of one boundary, for each example.
     """
@@ -62,7 +62,7 @@ class StreamedProbe:
     runtime_bytes: int
     boundary_bytes: int
     step_bytes: Curve
-    hole_bytes: Mapping[str, Curve]
+    hole_bytes: Curve
     layers: Mapping[str, LayerProbe]
     fixed_s: Curve
     chunk_s: Mapping[str, Curve]
@@ -82,13 +82,11 @@ class StreamedProbe:
             )
             for kind, one in value["layers"].items()
         }
-        chunk_s, holes = (
-            {name: curve(points) for name, points in value[field].items()} for field in ("chunk_s", "hole_bytes")
-        )
+        chunk_s = {name: curve(points) for name, points in value["chunk_s"].items()}
         return cls(
             value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
-            value["boundary_bytes"], curve(value["step_bytes"]), holes, layers,
-            curve(value["fixed_s"]), chunk_s,
+            value["boundary_bytes"], curve(value["step_bytes"]), curve(value["hole_bytes"]),
+            layers, curve(value["fixed_s"]), chunk_s,
         )  # fmt: skip
 
 
@@ -245,10 +243,12 @@ class _Sizes:
         if choice.logits == "keep":
             owners["logits"] = batch * self._logits_bytes
         if choice.keeps_freed:
-            # Those of one layer in which nothing waits were measured; more layers make more, and most is what waits.
+            # Those of one layer in which nothing waits were measured; more layers make more, and what waits most.
             waiting = sum(owners.get(one, 0) for one in _WAITING)
-            measured = round(_bytes_at(probe.hole_bytes[choice.logits], n))
-            owners["holes"] = measured + owners["activations"] // 4 + waiting // 6
+            measured = round(_bytes_at(probe.hole_bytes, n))
+            # Logits that come back are mapped, and leave the place empty that they were made in.
+            chunk = n * self._chunk_bytes if choice.logits == "offload" else 0
+            owners["holes"] = measured + (waiting // 10 or owners["activations"] // 4) + chunk
         if choice.resident and (spilled := self._spilled_bytes):
             owners["spilled"] = spilled
         return owners
@@ -270,6 +270,11 @@ class _Sizes:
         if not isinstance(self.spec.model, LanguageModelSpec):
             return 0
         return 4 * self.spec.model.vocab_size * self.spec.text.length
+
+    @property
+    def _chunk_bytes(self) -> int:
+        """The logits of one example and one chunk of the table."""
+        return 4 * rows_of_chunk(self.spec.language.width) * self.spec.text.length
 
     def seconds(self, choice: StreamedChoice) -> float:
         """Of an optimizer step."""

@@ -131,7 +131,7 @@ class _Measurement:
         limits.return_freed_memory()
         runtime_bytes = meter.usage().resident_bytes
         # Last: a heap that once was large stays so in part.
-        holes = {logits: self._holes(kinds, step_bytes, logits) for logits in _LOGITS}
+        holes = self._holes(kinds, step_bytes)
         measured = len(step_bytes)
         for one in layers.values():  # what was measured of a micro-batch that then did not fit
             one["saved_bytes"] = one["saved_bytes"][:measured]
@@ -217,13 +217,13 @@ class _Measurement:
             self.own_bytes = max(self.own_bytes, peak)
         return peak - before, min(seconds)
 
-    def _holes(self, kinds: Mapping[str, Unit], step_bytes: Points, logits: str) -> Points:
+    def _holes(self, kinds: Mapping[str, Unit], step_bytes: Points) -> Points:
         """What the peak of a step grows by if its memory comes from the heap, for the micro-batches measured."""
         holes: Points = []
         for n, peak in step_bytes:
             try:
                 self._limit(n > step_bytes[0][0])
-                found: float = max(self._from_heap(unit, n, logits) for unit in kinds.values())
+                found: float = max(self._from_heap(unit, n) for unit in kinds.values())
             except (RuntimeError, MemoryError) as error:
                 if not limits.is_out_of_memory(error):
                     raise
@@ -235,9 +235,9 @@ class _Measurement:
             holes.append((n, max(0, found - peak)))
         return holes
 
-    def _from_heap(self, unit: Unit, n: int, logits: str) -> int:
+    def _from_heap(self, unit: Unit, n: int) -> int:
         """The peak of a step with one layer over what is resident before, if its memory comes from the heap."""
-        trainer = self._trainer(self._stages([unit], 1), StreamedChoice(n, boundaries="moved", logits=logits))
+        trainer = self._trainer(self._stages([unit], 1), StreamedChoice(n, boundaries="moved"))
         trainer.differentiate(0, n)
         before = meter.usage().resident_bytes
         limits.keep_freed_memory(True)
