@@ -5,12 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.architectures import layer_shapes, stores_transposed, target_tensors
+from edgetrain.architectures import layer_shapes, linear_names, stores_transposed, target_tensors
 from edgetrain.spec import Spec
+
+ALL_LINEAR = "all-linear"
 
 
 def lora_targets(spec: Spec) -> tuple[str, ...]:
-    """The linear maps that get adapters, by the names that peft gives them, with its defaults."""
+    """The linear maps that get adapters, by the names that peft gives them, with its defaults and "all-linear"."""
+    if spec.exact.targets == (ALL_LINEAR,):
+        return linear_names(spec.language)
     return spec.exact.targets or (("c_attn",) if spec.language.family == "gpt2" else ("q_proj", "v_proj"))
 
 

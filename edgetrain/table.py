@@ -6,6 +6,7 @@ Milakov & Gimelshein, arXiv 1805.02867, algorithm 3), the second for the gradien
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -116,6 +117,9 @@ class ChunkedCrossEntropy:
 
     @torch.no_grad()
     def loss(self) -> float:
+        """Not a number if nothing counts: no step is to be made then."""
+        if not any(len(part.targets) for part in self._parts):
+            return math.nan
         return sum(((p.log_sum - p.target_logit).double() * p.weights).sum().item() for p in self._parts)
 
     @torch.no_grad()

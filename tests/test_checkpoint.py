@@ -50,9 +50,7 @@ MODELS: dict[str, Any] = {
         transformers.LlamaConfig(**_SIZES, tie_word_embeddings=True, rope_parameters=_LLAMA3)
     ),
     "llama with all biases": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            **_SIZES, head_dim=8, attention_bias=True, mlp_bias=True, hidden_act="gelu_pytorch_tanh"
-        )
+        transformers.LlamaConfig(**_SIZES, head_dim=8, attention_bias=True, mlp_bias=True, hidden_act="silu")
     ),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**_SIZES, sliding_window=16)),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_SIZES, tie_word_embeddings=True)),
@@ -84,7 +82,7 @@ SPECS = {
         rope_high_freq_factor=3.0, rope_original_length=32,
     ),
     "llama with all biases": _with(
-        _LLAMA_SPEC, head_dim=8, qkv_bias=True, out_bias=True, mlp_bias=True, activation="gelu_new"
+        _LLAMA_SPEC, head_dim=8, qkv_bias=True, out_bias=True, mlp_bias=True, activation="silu"
     ),
     "mistral": _with(_LLAMA_SPEC, architecture="MistralForCausalLM", sliding_window=16),
     "qwen2": _with(_LLAMA_SPEC, architecture="Qwen2ForCausalLM", qkv_bias=True, tied=True),
@@ -313,13 +311,17 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(saved, tmp_path, na
         ({"final_logit_softcapping": 30.0}, ["unsupported final_logit_softcapping 30.0"]),
         ({"logits_scaling": 8.0}, ["unsupported logits_scaling"]),
         ({"num_local_experts": 8}, ["unsupported num_local_experts"]),
-        ({"hidden_act": "relu"}, ["unsupported hidden_act 'relu'", "gelu_new"]),
+        ({"attention_scale": 0.5}, ["unsupported attention_scale 0.5"]),
+        ({"rotary_dim": 4}, ["unsupported rotary_dim 4"]),
+        ({"hidden_act": "gelu"}, ["unsupported hidden_act 'gelu'", "silu"]),
+        ({"hidden_act": "relu"}, ["unsupported hidden_act 'relu'", "swish"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["unsupported rope_parameters type 'yarn'"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["rope_scaling is", "rope_parameters says something"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters.full_attention"]),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, ["rope_parameters.partial_rotary_factor 0.25"]),
         ({"rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, ["rope_parameters.mrope_section"]),
         ({"rope_parameters": {"rope_type": "linear", "type": "default"}}, ["rope_parameters.type"]),
+        ({"rope_parameters": {"factor": 8.0}}, ["unsupported rope_parameters.factor 8.0", "names no type"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["has no rope_parameters.factor"]),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ["config.json", "rope_factor must be positive"]),
         ({"rope_parameters": {"rope_type": 3}}, ["rope_parameters.rope_type is 3"]),

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from edgetrain import stages
-from edgetrain.architectures import checkpoint_name, stage_shapes
+from edgetrain.adapters import lora_targets
+from edgetrain.architectures import checkpoint_name, linear_names, stage_shapes, target_tensors
 from edgetrain.checkpoint import TOKENIZER_FILES, convert, open_checkpoint
 from edgetrain.errors import BadInput, DiskError, SessionCorrupt, SessionLocked, UsageError
 from edgetrain.importing import import_checkpoint, spec_of
@@ -339,6 +340,17 @@ def test_what_cannot_be_trained(folder_of):
     assert "at most 64" in refused(folder, {"data.length": 65})
     assert "has 3 layers" in refused(folder, {"exact.train": "last", "exact.last_layers": 4})
     assert "did you mean 'exact.rank'" in refused(folder, {"exact.ranc": 4})
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gpt2"])
+def test_the_lora_recipe_adapts_every_linear_map(folder_of, tmp_path, name):
+    session = imported(folder_of(name), tmp_path / "s", recipe="lora")
+    assert lora_targets(session.spec) == linear_names(session.spec.language)
+    names = {tensor.name for stage in exact_stages(session.spec).stages if stage.trained
+             for tensor in session.layout(stage).tensors}  # fmt: skip
+    expected = {tensor.removesuffix(".weight") for target in linear_names(session.spec.language)
+                for tensor in target_tensors(session.spec.language, target)}  # fmt: skip
+    assert {name.rsplit(".lora_", 1)[0] for name in names} == expected
 
 
 def test_an_existing_session_is_left_as_it_is(folder_of, tmp_path):

@@ -305,7 +305,14 @@ def among(block: Callable[[], nn.Module]) -> dict[str, Any]:
     return {"blocks": [Block, Block, block]}
 
 
+ONE = Block()
+
 BUILT = {
+    "looped": ({"blocks": [lambda: ONE] * 3}, "block 1 is made of the same LayerNorm as block 0"),
+    "looped in part": (
+        {"blocks": [Block, lambda: nn.Sequential(ONE), lambda: nn.Sequential(ONE, nn.ReLU())]},
+        "block 2 is made of the same LayerNorm as block 1",
+    ),
     "running statistics": (
         among(lambda: nn.Sequential(Block(), nn.BatchNorm1d(WIDTH))),
         "block 2 has 1, a BatchNorm1d",

@@ -41,11 +41,8 @@ _ARCHITECTURES = {
     "GPT2LMHeadModel": _Architecture("gpt2"),
 }
 
-_ACTIVATIONS = {
-    "silu": "silu", "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new",
-}  # fmt: skip
+_GATED = {"silu": "silu", "swish": "silu"}
+_ACTIVATIONS = {**_GATED, "gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new"}
 
 _OFF = (None, False)
 _ONE = (None, 1, 1.0)
@@ -59,6 +56,7 @@ _MATTERS: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "query_pre_attn_scalar": (None,),
     "logit_scale": _ONE, "logits_scaling": _ONE, "embedding_multiplier": _ONE, "residual_multiplier": _ONE,
     "attention_multiplier": (None,), "scale_emb": _ONE, "scale_depth": (None,), "num_experts": (None, 0, 1),
+    "attention_scale": _ONE, "rotary_dim": (None,), "logits_soft_cap": (None,), "rope_interleaved": _OFF,
     "num_local_experts": (None, 0, 1), "n_routed_experts": (None, 0),
 }  # fmt: skip
 """Keys that change what a model computes, with the values at which they don't."""
@@ -151,11 +149,11 @@ def _depth(config: _Keys, key: str) -> int:
     return depth
 
 
-def _activation(config: _Keys, key: str, default: str) -> Any:
+def _activation(config: _Keys, key: str, default: str, known: Mapping[str, str]) -> Any:
     name = config.get(key, str, default)
-    if name not in _ACTIVATIONS:
-        raise config.unsupported(key, f"Supported: {', '.join(_ACTIVATIONS)}.")
-    return _ACTIVATIONS[name]
+    if name not in known:
+        raise config.unsupported(key, f"Supported: {', '.join(known)}.")
+    return known[name]
 
 
 def _gpt2(config: _Keys) -> LanguageModelSpec:
@@ -172,7 +170,7 @@ def _gpt2(config: _Keys) -> LanguageModelSpec:
         mlp_width=_or(config.get("n_inner", int, None), 4 * width),
         max_length=config.get("n_positions", int),
         norm_eps=config.get("layer_norm_epsilon", float),
-        activation=_activation(config, "activation_function", "gelu_new"),
+        activation=_activation(config, "activation_function", "gelu_new", _ACTIVATIONS),
         tied=config.get("tie_word_embeddings", bool, True),
     )
 
@@ -197,7 +195,7 @@ def _llama(config: _Keys, name: Any) -> LanguageModelSpec:
         mlp_width=config.get("intermediate_size", int),
         max_length=max_length,
         norm_eps=config.get("rms_norm_eps", float),
-        activation=_activation(config, "hidden_act", "silu"),
+        activation=_activation(config, "hidden_act", "silu", _GATED),
         tied=config.get("tie_word_embeddings", bool, False),
         qkv_bias=bias or name == "Qwen2ForCausalLM",
         out_bias=bias,
@@ -270,6 +268,8 @@ def _rope(config: _Keys, max_length: int) -> dict[str, Any]:
     theta = _agreed(config, rope, "rope_theta", float)
     fields: dict[str, Any] = {"rope_theta": 10000.0 if theta is None else theta}
     if kind == "default":
+        if "factor" in rope.values and rope.values["factor"] not in (None, 1, 1.0):
+            raise rope.unsupported("factor", f"{table} names no type that it belongs to: default, linear or llama3.")
         return fields
     fields |= {"rope_scaling": kind, "rope_factor": rope.get("factor", float)}
     if kind == "linear":

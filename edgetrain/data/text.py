@@ -168,15 +168,18 @@ class _Job:
                 for split in ((TRAIN, HELD_OUT) if num_held_out else (TRAIN,))
             }
             for number, document in enumerate(source.documents(template)):
+                num_read = 0
                 is_held_out = num_held_out and permute(stream, np.array([number]), num_documents)[0] < num_held_out
                 writer = writers[HELD_OUT if is_held_out else TRAIN]
                 for tokens in tokenizer.encode(document.pieces):
                     writer.add(tokens.ids, tokens.inside(document.spans))
+                    num_read += len(tokens.ids)
                 if document.is_ended:
                     writer.add(np.array([end_of_text()]), np.ones(1, bool))
                 num_tokens, num_counted = writer.end_document()
-                if not spec.packing:
-                    _check_example(document, num_tokens, num_counted, spec.length)
+                if num_read == 0:
+                    raise BadInput(f"{document.where} is empty", "Remove it.")
+                _check_example(document, num_tokens, num_counted, None if spec.packing else spec.length)
                 if spec.held_out and num_documents == 1 and document.spans is not None:
                     raise BadInput(
                         f"{document.where} is the only example: none can be held out",
@@ -193,8 +196,9 @@ class _Job:
         return number
 
 
-def _check_example(document: Document, num_tokens: int, num_counted: int, length: int) -> None:
-    if num_tokens > length + 1:
+def _check_example(document: Document, num_tokens: int, num_counted: int, length: int | None) -> None:
+    """``length``: None where long documents are cut."""
+    if length is not None and num_tokens > length + 1:
         raise BadInput(
             f"{document.where} has {num_tokens} tokens; an example has at most {length + 1}, one more than data.length",
             f"Set data.length = {num_tokens - 1}, or data.packing = true, which cuts long documents.",

@@ -82,6 +82,7 @@ class StackNetwork(Network):
         if spec.model.depth != self.depth:
             raise UsageError(f"the stack has {self.depth} blocks, and the session {spec.model.depth}")
         self._skeletons = {kind: _skeleton(self.stack, kind, self._seed(kind)) for kind in self.kinds}
+        self._check_apart()
         self._share_constants()
         self.shapes: Shapes = {kind: _shapes(module) for kind, module in self._skeletons.items()}
         for kind, expected in (("stem", spec.model.stem), ("head", spec.model.head)):
@@ -96,6 +97,19 @@ class StackNetwork(Network):
         return ["stem", *(f"layer{number:03d}" for number in range(self.depth)), "head"]
 
     # ------------------------------------------------------------------------------------------------------ modules
+
+    def _check_apart(self) -> None:
+        """BadInput if a factory gives a module with parameters, or a part of one, that another gave."""
+        owners: dict[int, str] = {}
+        for kind, module in self._skeletons.items():
+            for part in module.modules():
+                has_own = next(part.parameters(recurse=False), None) is not None
+                if has_own and (other := owners.setdefault(id(part), kind)) != kind:
+                    raise BadInput(
+                        f"{called(kind)} is made of the same {type(part).__name__} as {called(other)}: weights that "
+                        "are used twice are not supported",
+                        "Let each factory make modules of its own.",
+                    )
 
     def _share_constants(self) -> None:
         """Lets the blocks' equal buffers, such as their masks, be one."""
