@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from devices import Device
-from devices.limits import is_out_of_memory, return_freed_memory
 from edgetrain.blockwise import bind
 from edgetrain.data import Dataset, to_float
 from edgetrain.engine import warm_up_kernels
@@ -28,11 +27,9 @@ from edgetrain.models.dit import DenoisingNetwork, denoised, enter
 from edgetrain.noise import euler_coefficients, loss_weight
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
+from edgetrain.sampling import CHUNK_BYTES, Batched, bound
 from edgetrain.session import Session
 from edgetrain.stages import Unit, exact_stages, largest_block
-
-CHUNK_BYTES = 2 << 20
-"""What is held of the images that pass a block together; the rest waits for its turn."""
 
 Output = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z, sigma, labels) -> F, shaped as z."""
@@ -48,7 +45,7 @@ class Error:
     weight: float
 
 
-class ImageSampler:
+class ImageSampler(Batched):
     """Denoises images with the blocks of a session."""
 
     def __init__(self, session: Session, device: Device, batch_size: int) -> None:
@@ -83,7 +80,7 @@ class ImageSampler:
         """
         starts = range(0, len(labels), self.chunk_images)
         parts = (partial(self._generate, labels, start, num_steps, guidance, seed) for start in starts)
-        return np.concatenate([self._halving(part) for part in parts])
+        return np.concatenate([self.halving(len(labels), part) for part in parts])
 
     def errors(self, dataset: Dataset, num_levels: int) -> list[Error]:
         """The error at ``num_levels`` noise levels in the middle of equal parts of the probability, on all images.
@@ -94,23 +91,12 @@ class ImageSampler:
         levels = self.schedule.levels(num_levels)
         for start in range(0, dataset.num_examples, self.chunk_images):
             images, labels = dataset.read(np.arange(start, min(start + self.chunk_images, dataset.num_examples)))
-            total += self._halving(partial(self._squares, to_float(images), labels, start, levels))
+            total += self.halving(len(images), partial(self._squares, to_float(images), labels, start, levels))
         pixels = dataset.num_examples * int(np.prod(self.spec.image_model.image_shape))
         return [
             Error(sigma, block, squares / pixels, loss_weight(sigma, self.spec.sigma_data))
             for (sigma, block), squares in zip(levels, total.tolist(), strict=True)
         ]
-
-    def _halving(self, work: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-        """What ``work`` returns. Where memory runs out, batches are half as large from then on."""
-        while True:
-            try:
-                return work()
-            except (RuntimeError, MemoryError) as error:
-                if self.batch_size == 1 or not is_out_of_memory(error):
-                    raise
-            return_freed_memory()
-            self.batch_size = (self.batch_size + 1) // 2
 
     @torch.no_grad()
     def _generate(
@@ -129,7 +115,7 @@ class ImageSampler:
                 if owner != block:
                     continue
                 a, b = euler_coefficients(sigma, following)
-                for part in self._parts(len(some)):
+                for part in self.parts(len(some)):
                     state = self._tensor(z[part])
                     found = self._denoised(output, state, sigma, classes[part])
                     if guidance != 1:
@@ -151,14 +137,11 @@ class ImageSampler:
                     continue
                 stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE, 0, number)
                 eps = normal(stream, start, len(images), images[0].size).reshape(images.shape)
-                for part in self._parts(len(images)):
+                for part in self.parts(len(images)):
                     z = self._tensor(images[part] + np.float32(sigma) * eps[part])
                     error = self._denoised(output, z, sigma, labels[part]) - self._tensor(images[part])
                     total[number] += error.double().square().sum().item()
         return total
-
-    def _parts(self, n: int) -> list[slice]:
-        return [slice(start, min(start + self.batch_size, n)) for start in range(0, n, self.batch_size)]
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device.torch_device)
@@ -193,8 +176,4 @@ class ImageSampler:
         return made
 
     def _module(self, unit: Unit) -> torch.nn.Module:
-        with torch.device("meta"):
-            module = self._network.build(unit.kind)
-        self.resident.bind([(stage, self.session.layout(stage), module) for stage in unit.stages])
-        self.resident.load(self.session.store.read)
-        return module
+        return bound(self.resident, self.session, self._network, unit)

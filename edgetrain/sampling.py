@@ -7,8 +7,9 @@ What trained within a budget is sampled within it: without gradients and moments
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from edgetrain.blockwise import bind
 from edgetrain.data import Dataset, to_float
 from edgetrain.engine import warm_up_kernels
 from edgetrain.models import build_family
+from edgetrain.models.base import Network
 from edgetrain.models.vit import ClassifierNetwork
 from edgetrain.noise import euler_coefficients
 from edgetrain.objectives.base import Block
@@ -32,6 +34,8 @@ from edgetrain.stages import Unit, exact_stages, largest_block
 CHUNK_BYTES = 2 << 20
 """What is held of all examples that pass a block together, their images included; far more work than a load."""
 _WARM_UP_EXAMPLES = 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,38 @@ def accuracies(sampler: Sampler, dataset: Dataset, rows: list[Readout]) -> dict[
     return {name: 100.0 * count / dataset.num_examples for name, count in correct.items()}
 
 
-class Sampler:
+class Batched:
+    """Works on examples in batches of ``batch_size``, which memory that runs out halves."""
+
+    batch_size: int
+
+    def parts(self, n: int) -> Iterator[slice]:
+        """The batches of ``n`` examples."""
+        for start in range(0, n, self.batch_size):
+            yield slice(start, min(start + self.batch_size, n))
+
+    def halving(self, n: int, work: Callable[[], T]) -> T:
+        """What ``work`` makes of ``n`` examples, tried again with half the batch from then on."""
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if self.batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            return_freed_memory()
+            self.batch_size = (min(self.batch_size, n) + 1) // 2
+
+
+def bound(resident: Resident, session: Session, network: Network, unit: Unit) -> torch.nn.Module:
+    """The module of a unit with its weights, which stay until others are bound."""
+    with torch.device("meta"):
+        module = network.build(unit.kind)
+    resident.bind([(stage, session.layout(stage), module) for stage in unit.stages])
+    resident.load(session.store.read)
+    return module
+
+
+class Sampler(Batched):
     """Denoises label embeddings with the blocks of a session."""
 
     def __init__(self, session: Session, device: Device, batch_size: int) -> None:
@@ -109,14 +144,7 @@ class Sampler:
         Example i's noise is a function of the session's seed, i and the draw: the exported model draws the same.
         Where memory runs out, batches are half as large from then on.
         """
-        while True:
-            try:
-                return self._chain(images, first_example, num_steps, projection, draws)
-            except (RuntimeError, MemoryError) as error:
-                if self.batch_size == 1 or not is_out_of_memory(error):
-                    raise
-            return_freed_memory()
-            self.batch_size = (min(self.batch_size, len(images)) + 1) // 2
+        return self.halving(len(images), lambda: self._chain(images, first_example, num_steps, projection, draws))
 
     @torch.no_grad()
     def _chain(
@@ -131,7 +159,7 @@ class Sampler:
             block = bind(self.resident, spec, self.session.shapes, self.family, index)
             self.resident.load(self.session.store.read)
             steps = [k for k, (_, owner) in enumerate(grid) if owner == index]
-            for part in self._batches(n):
+            for part in self.parts(n):
                 x = torch.from_numpy(to_float(images[part])).to(self.device.torch_device)
                 for draw in range(draws):
                     if steps[0] == 0:
@@ -165,12 +193,8 @@ class Sampler:
             boundary = layer(boundary)
         return read_out(self.spec, block.head, boundary, z, sigmas)
 
-    def _batches(self, n: int) -> Iterator[slice]:
-        for start in range(0, n, self.batch_size):
-            yield slice(start, min(start + self.batch_size, n))
 
-
-class Classifier:
+class Classifier(Batched):
     """A classifier that exact training made: layer by layer, a chunk of examples through each."""
 
     def __init__(self, session: Session, device: Device, batch_size: int) -> None:
@@ -198,18 +222,11 @@ class Classifier:
 
     def classes(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The likeliest class of each image. Where memory runs out, batches are half as large from then on."""
-        while True:
-            try:
-                return self._classes(images)
-            except (RuntimeError, MemoryError) as error:
-                if self.batch_size == 1 or not is_out_of_memory(error):
-                    raise
-            return_freed_memory()
-            self.batch_size = (min(self.batch_size, len(images)) + 1) // 2
+        return self.halving(len(images), lambda: self._classes(images))
 
     @torch.no_grad()
     def _classes(self, images: NDArray[np.uint8]) -> NDArray[np.int64]:
-        parts = [slice(start, start + self.batch_size) for start in range(0, len(images), self.batch_size)]
+        parts = list(self.parts(len(images)))
         stem = self._load(self.stages.stem)
         boundaries = [
             self.network.enter(stem, {"images": torch.from_numpy(to_float(images[part])).to(self.device.torch_device)})
@@ -224,8 +241,4 @@ class Classifier:
         return np.concatenate(found)
 
     def _load(self, unit: Unit) -> torch.nn.Module:
-        with torch.device("meta"):
-            module = self.network.build(unit.kind)
-        self.resident.bind([(stage, self.session.layout(stage), module) for stage in unit.stages])
-        self.resident.load(self.session.store.read)
-        return module
+        return bound(self.resident, self.session, self.network, unit)

@@ -42,7 +42,8 @@ def paint(session: Session, wanted: Wanted, budget: int | None, device: str, thr
     from devices import meter
     from devices.limits import is_out_of_memory
     from edgetrain.governor import Governor
-    from edgetrain.image_sampling import CHUNK_BYTES, ImageSampler
+    from edgetrain.image_sampling import ImageSampler
+    from edgetrain.sampling import CHUNK_BYTES
     from edgetrain.units import format_bytes
 
     spec = session.spec
