@@ -93,8 +93,6 @@ class StreamedTrainer(Trainer):
         self._boundaries = Boundaries(device, choice.boundaries == "moved", tier)
         self._spill = Spill(device, not choice.resident, tier)
         self._runs: dict[tuple[int, int], _Run] = {}
-        self._context: list[dict[str, Tensor]] = []
-        self._context_gradients: list[dict[str, Tensor]] = []
         self._output: ChunkedCrossEntropy | None = None
         self._keeping = True
         self._loses_state = False
@@ -137,15 +135,16 @@ class StreamedTrainer(Trainer):
         self._clear()
         return loss
 
-    def held_after_forward(self, step: int, count: int, measured: Callable[[], int]) -> tuple[int, int]:
-        """What is measured between forward and backward; and the bytes of a boundary."""
+    def held_after_forward(self, step: int, count: int, measured: Callable[[], int]) -> tuple[int, int, int]:
+        """What is measured between forward and backward; and the bytes of a boundary, and of the context."""
         self._forward(step, [(0, count)], differentiates=True)
         found = measured()
         self._clear()
         _, module = self._hold(self.stages.stem)
         with torch.no_grad():
             boundary = self.network.enter(module, self._draw(step, 0, count, embeds=True))
-        return found, sum(tensor.nbytes for tensor in boundary.carried.values())
+        carried, context = (sum(t.nbytes for t in one.values()) for one in (boundary.carried, boundary.context))
+        return found, carried, context
 
     def prefetch(self, block: int) -> None:
         self._ahead(self.stages.units)
@@ -215,7 +214,7 @@ class StreamedTrainer(Trainer):
         """Forgets what a step holds."""
         self._boundaries.clear()
         self._runs.clear()
-        self._context, self._context_gradients, self._output = [], [], None
+        self._output = None
 
     def _split(self, micro_batch: int) -> list[tuple[int, int]]:
         """(first, count) of each micro-batch of a step."""
@@ -235,12 +234,11 @@ class StreamedTrainer(Trainer):
     def _forward(self, step: int, batches: Sequence[tuple[int, int]], differentiates: bool) -> float:
         """The mean loss of the batch; with ``differentiates`` all is left behind that ``_backward`` needs."""
         _, module = self._hold(self.stages.stem)
-        self._context = []
         with torch.no_grad():
             for number, (first, count) in enumerate(batches):
                 boundary = self.network.enter(module, self._draw(step, first, count, embeds=True))
                 self._boundaries.put(("x", 0, number), boundary.carried)
-                self._context.append({name: tensor.detach() for name, tensor in boundary.context.items()})
+                self._boundaries.put(("context", 0, number), boundary.context)
         for position, unit in enumerate(self.stages.layers):
             _, module = self._hold(unit)
             self._ahead(self.stages.layers[position + 1 :] or self.stages.output or [self.stages.head])
@@ -276,7 +274,7 @@ class StreamedTrainer(Trainer):
         if policy is None:
             carried = self._boundaries.get(("x", position, number))
             with torch.no_grad():
-                return self.network.layer(module, Boundary(carried, self._context[number])).carried
+                return self.network.layer(module, Boundary(carried, self._context(number))).carried
         run = self._differentiable(module, position, number, policy)
         self._runs[position, number] = run
         return {name: tensor.detach() for name, tensor in run.outputs.items()}
@@ -284,7 +282,7 @@ class StreamedTrainer(Trainer):
     def _lighten(self, run: _Run) -> None:
         """Of a run whose saved tensors and boundaries were moved out, nobody reads the values that it holds any more:
         the graph alone is needed."""
-        for tensor in (*run.carried.values(), *run.outputs.values()):
+        for tensor in (*run.carried.values(), *run.context.values(), *run.outputs.values()):
             if tensor.nbytes >= SMALLEST_OFFLOADED_BYTES:  # smaller ones are saved as they are
                 tensor.data = tensor.new_empty(1).expand(tensor.shape)
 
@@ -296,10 +294,19 @@ class StreamedTrainer(Trainer):
         }
         context = {
             name: tensor.requires_grad_(wants_input and tensor.is_floating_point())
-            for name, tensor in self._leaves(self._context[number]).items()
+            for name, tensor in self._leaves(self._context(number)).items()
         }
         outputs = policy.run(lambda boundary: self.network.layer(module, boundary), Boundary(carried, context))
         return _Run(carried, context, outputs.carried)
+
+    def _context(self, number: int) -> dict[str, Tensor]:
+        """What every layer reads of a micro-batch."""
+        return self._boundaries.get(("context", 0, number))
+
+    def _context_gradients(self, number: int) -> dict[str, Tensor]:
+        """The sums so far, by name."""
+        key = ("d_context", 0, number)
+        return self._boundaries.get(key) if self._boundaries.has(key) else {}
 
     @staticmethod
     def _leaves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -333,7 +340,7 @@ class StreamedTrainer(Trainer):
     def _context_leaves(self, number: int, differentiates: bool) -> dict[str, Tensor]:
         return {
             name: tensor.requires_grad_(differentiates and tensor.is_floating_point())
-            for name, tensor in self._leaves(self._context[number]).items()
+            for name, tensor in self._leaves(self._context(number)).items()
         }
 
     def _output_loss(
@@ -345,7 +352,7 @@ class StreamedTrainer(Trainer):
             batch = self._draw(step, first, count)
             with torch.no_grad():
                 carried = self._boundaries.get(("x", last, number))
-                hidden = self.network.head(module, Boundary(carried, self._context[number]), batch)
+                hidden = self.network.head(module, Boundary(carried, self._context(number)), batch)
             output.add(hidden, batch["targets"], batch["weights"])
             if not differentiates:
                 self._boundaries.drop(("x", last, number))
@@ -400,12 +407,11 @@ class StreamedTrainer(Trainer):
         """Takes the gradients that arrived at a layer's inputs to where the layer before finds them."""
         found = {name: tensor.grad for name, tensor in carried.items() if tensor.grad is not None}
         self._boundaries.put(("dx", 0, number), found)
-        while len(self._context_gradients) <= number:
-            self._context_gradients.append({})
-        sums = self._context_gradients[number]
-        for name, tensor in context.items():
-            if tensor.grad is not None:
-                sums[name] = sums[name] + tensor.grad if name in sums else tensor.grad
+        more = {name: tensor.grad for name, tensor in context.items() if tensor.grad is not None}
+        if more:
+            sums = self._context_gradients(number)
+            added = {name: sums[name] + gradient if name in sums else gradient for name, gradient in more.items()}
+            self._boundaries.put(("d_context", 0, number), {**sums, **added})
 
     def _output_backward(self, step: int, batches: Sequence[tuple[int, int]]) -> None:
         output, last = self._output, len(self.stages.layers)
@@ -451,7 +457,8 @@ class StreamedTrainer(Trainer):
                 batch["embedded"].requires_grad_()
             boundary = self.network.enter(module, batch)
             gradients = self._boundaries.get(("dx", 0, number))
-            gradients |= self._context_gradients[number]
+            gradients |= self._context_gradients(number)
+            self._boundaries.drop(("d_context", 0, number))
             outputs = {**boundary.carried, **boundary.context}
             wanted = [name for name in gradients if outputs[name].requires_grad]
             backward([outputs[name] for name in wanted], [gradients[name] for name in wanted])

@@ -53,7 +53,7 @@ class StreamedProbe:
     micro-batch, and what it grows by if freed memory is used again; seconds of stem and head, and by what becomes of
     the logits, of one chunk of an output table.
 
-    ``boundary_bytes``: of one boundary, for each example.
+    ``boundary_bytes``: of one boundary, for each example; ``context_bytes``: of what every layer reads besides.
     """
 
     shapes: Shapes
@@ -61,6 +61,7 @@ class StreamedProbe:
     own_bytes: int
     runtime_bytes: int
     boundary_bytes: int
+    context_bytes: int
     step_bytes: Curve
     hole_bytes: Curve
     layers: Mapping[str, LayerProbe]
@@ -85,7 +86,7 @@ class StreamedProbe:
         chunk_s = {name: curve(points) for name, points in value["chunk_s"].items()}
         return cls(
             value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
-            value["boundary_bytes"], curve(value["step_bytes"]), curve(value["hole_bytes"]),
+            value["boundary_bytes"], value["context_bytes"], curve(value["step_bytes"]), curve(value["hole_bytes"]),
             layers, curve(value["fixed_s"]), chunk_s,
         )  # fmt: skip
 
@@ -238,7 +239,8 @@ class _Sizes:
         if choice.boundaries == "memory":
             # What a kept layer saved is a boundary already.
             layers = max(0, len(self.stages.layers) - len(kept) - self.first_trained)
-            owners["boundaries"] = batch * probe.boundary_bytes * (layers + _OTHER_BOUNDARIES)
+            between = probe.boundary_bytes * (layers + _OTHER_BOUNDARIES) + 2 * probe.context_bytes
+            owners["boundaries"] = batch * between
             owners["kept"] = max(0, owners["kept"] - len(kept) * batch * probe.boundary_bytes)
         if choice.logits == "keep":
             owners["logits"] = batch * self._logits_bytes
@@ -302,7 +304,8 @@ class _Sizes:
         batch, layers = self.spec.train.batch_size, self.stages.layers
         total = 0
         if choice.boundaries == "moved":
-            total += 2 * batch * probe.boundary_bytes * (len(layers) + 2)
+            # The context once, its gradients once a layer.
+            total += batch * (2 * probe.boundary_bytes + probe.context_bytes) * (len(layers) + 2)
         if choice.activations == "offload":
             moved = layers[self.first_trained : len(layers) - choice.kept_layers]
             total += round(self._saved_bytes(moved, n) * batch / n)

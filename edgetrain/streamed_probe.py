@@ -97,14 +97,14 @@ class _Measurement:
         layers: dict[str, dict[str, Any]] = {
             kind: {"saved_bytes": [], "seconds": {"recompute": [], "keep": [], "offload": []}} for kind in kinds
         }
-        boundary_bytes = 0
+        boundary_bytes = context_bytes = 0
         for number, n in enumerate(micro_batches):
             try:
                 self._limit(number >= _ALWAYS_MEASURED)
                 fixed, chunks = self._outside_of_layers(n)
                 peak = 0
                 for kind, unit in kinds.items():
-                    found, saved, seconds, boundary_bytes = self._layer(unit, n)
+                    found, saved, seconds, (boundary_bytes, context_bytes) = self._layer(unit, n)
                     peak = max(peak, found)
                     layers[kind]["saved_bytes"].append((n, saved))
                     for policy, value in seconds.items():
@@ -139,7 +139,8 @@ class _Measurement:
         return {
             "shapes": self.shapes, "budget_bytes": self.budget_bytes if self.bounded else None,
             "own_bytes": self.own_bytes, "runtime_bytes": runtime_bytes,
-            "boundary_bytes": boundary_bytes, "step_bytes": step_bytes, "hole_bytes": holes,
+            "boundary_bytes": boundary_bytes, "context_bytes": context_bytes,
+            "step_bytes": step_bytes, "hole_bytes": holes,
             "layers": {unit.kind: layers[self.network.measured_as(unit.kind)] for unit in self.stages.layers},
             "fixed_s": fixed_s, "chunk_s": chunk_s,
         }  # fmt: skip
@@ -171,8 +172,9 @@ class _Measurement:
                 fixed = max(0.0, one - per_chunk[logits])
         return fixed, per_chunk
 
-    def _layer(self, unit: Unit, n: int) -> tuple[int, float, dict[str, float], int]:
-        """The peak of a step with one layer, the bytes that it keeps, its seconds by policy, a boundary's bytes."""
+    def _layer(self, unit: Unit, n: int) -> tuple[int, float, dict[str, float], tuple[int, int]]:
+        """The peak of a step with one layer, the bytes that it keeps, its seconds by policy; an example's bytes of
+        a boundary and of the context."""
         stages = self._stages([unit], 1)
         choices = {
             "recompute": StreamedChoice(n, boundaries="moved"),
@@ -190,10 +192,10 @@ class _Measurement:
                 if number == 0 and policy == "recompute":
                     peak = found
                 if number == 0 and policy != "offload":
-                    held[policy], boundary_bytes = self._held(stages, choice)
+                    held[policy], *between = self._held(stages, choice)
             if time.perf_counter() - began > _ENOUGH_S / 2:
                 break
-        return peak, max(0, held["keep"] - held["recompute"]), seconds, boundary_bytes // n
+        return peak, max(0, held["keep"] - held["recompute"]), seconds, (between[0] // n, between[1] // n)
 
     def _trainer(self, stages: ExactStages, choice: StreamedChoice) -> StreamedTrainer:
         gc.collect()  # the one before
@@ -246,7 +248,7 @@ class _Measurement:
             trainer.differentiate(0, n)
         return meter.usage().peak_bytes - before
 
-    def _held(self, stages: ExactStages, choice: StreamedChoice) -> tuple[int, int]:
-        """Bytes resident between forward and backward, and those of the boundaries' largest set."""
+    def _held(self, stages: ExactStages, choice: StreamedChoice) -> tuple[int, int, int]:
+        """Bytes resident between forward and backward, and those of a boundary and of the context."""
         trainer = self._trainer(stages, choice)
         return trainer.held_after_forward(0, choice.micro_batch, lambda: meter.usage().resident_bytes)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import devices
-from devices import Tier
+from devices import Offloaded, Tier
 from edgetrain.architectures import checkpoint_name
 from edgetrain.boundaries import Boundaries
 from edgetrain.models import build_network
@@ -37,6 +37,7 @@ from tests.language_models import (
     initial_values,
     make_spec,
     new_session,
+    open_trainer,
     shapes,
     tensors,
 )
@@ -83,8 +84,8 @@ WITH_ALL = ("llama tied", "vit")
 def choices(depth: int) -> list[tuple[StreamedChoice, str]]:
     """Every value of everything that the plan decides, and the pairs that meet in the code."""
     return [
-        (StreamedChoice(MICRO_BATCH, "recompute", 1, False, "moved", "keep"), "cpu"),
-        (StreamedChoice(MICRO_BATCH, "recompute", depth, True, "memory", "keep"), "cpu"),
+        (StreamedChoice(MICRO_BATCH, "recompute", 1, False, "moved", "keep", True), "cpu"),
+        (StreamedChoice(MICRO_BATCH, "recompute", depth, True, "memory", "keep", True), "cpu"),
         (StreamedChoice(MICRO_BATCH, "offload", 0, False, "moved", "offload"), "cpu"),
         (StreamedChoice(MICRO_BATCH, "offload", 1, True, "memory", "recompute"), "cpu"),
         (StreamedChoice(MICRO_BATCH, "recompute", 0, False, "memory", "recompute"), "emulated"),
@@ -120,6 +121,22 @@ def test_no_choice_changes_a_bit(name: str, thoroughly: bool, tmp_path: Path) ->
         assert found.trainer.retries == 0
         if choice.boundaries == "moved":
             assert found.trainer.offloaded_bytes > expected.trainer.offloaded_bytes, "or nothing is tested"
+
+
+def test_what_is_moved_is_not_in_memory(tmp_path: Path) -> None:
+    """Between forward and backward: boundaries, and what every layer reads besides."""
+    spec, _ = SPECS["vit"]
+    session = new_session(tmp_path / "s", spec)
+    for moves in (False, True):
+        trainer = open_trainer(session, StreamedChoice(2, boundaries="moved" if moves else "memory"))
+        trainer.enter(0)
+        trainer._forward(0, [(0, 2), (2, 1)], differentiates=True)
+        held = trainer._boundaries._held
+        assert {key for key in held if key[0] == "context"} == {("context", 0, 0), ("context", 0, 1)}
+        for tensors_of in held.values():
+            assert all(isinstance(one, Offloaded) == moves for one in tensors_of.values())
+        trainer._clear()
+        assert not held
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def made_up(spec: Spec, saved: float = 6e6, own_bytes: int = 240 * MIB) -> Strea
     per_layer = LayerProbe(line(saved), {"recompute": line(0.4), "keep": line(0.3), "offload": line(0.36)})
     boundary_bytes = 4 * spec.text.length * spec.language.width
     return StreamedProbe(
-        shapes(spec), None, own_bytes, 230 * MIB, boundary_bytes, line(30e6, 2e6), line(8e6), {"layer": per_layer},
+        shapes(spec), None, own_bytes, 230 * MIB, boundary_bytes, 0, line(30e6, 2e6), line(8e6), {"layer": per_layer},
         line(0.05, 0.01), {"recompute": line(0.05), "keep": line(0.03), "offload": line(0.04)},
     )  # fmt: skip
 
@@ -153,6 +153,18 @@ def test_freed_memory_is_used_again_as_soon_as_the_holes_fit() -> None:
         assert not make_streamed_plan(spec, probe, budget, 1, "offload").choice.keeps_freed  # type: ignore[union-attr]
 
 
+def test_context_counts_with_its_gradient_for_every_example() -> None:
+    spec = smol()
+    without = made_up(spec)
+    probe = dataclasses.replace(without, context_bytes=MIB)
+    kept = StreamedChoice(4, boundaries="memory")
+    found = _Sizes(spec, probe).owners(kept)["boundaries"] - _Sizes(spec, without).owners(kept)["boundaries"]
+    assert found == 2 * 16 * MIB
+    moved = StreamedChoice(4, boundaries="moved")
+    assert "boundaries" not in _Sizes(spec, probe).owners(moved)
+    assert _Sizes(spec, probe).scratch_bytes(moved) > _Sizes(spec, without).scratch_bytes(moved) + 16 * MIB
+
+
 def test_depth_costs_disk_and_not_memory() -> None:
     """Thirty layers need what ten do, but for what lies between them."""
     smallest = {}
@@ -168,7 +180,7 @@ def test_a_probe_comes_back_from_json() -> None:
     points = lambda curve: curve.points[0]  # noqa: E731
     value = {
         "shapes": probe.shapes, "budget_bytes": None, "own_bytes": probe.own_bytes,
-        "runtime_bytes": probe.runtime_bytes, "boundary_bytes": probe.boundary_bytes,
+        "runtime_bytes": probe.runtime_bytes, "boundary_bytes": probe.boundary_bytes, "context_bytes": 0,
         "step_bytes": points(probe.step_bytes),
         "hole_bytes": points(probe.hole_bytes),
         "fixed_s": points(probe.fixed_s),
