@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,6 +21,8 @@ from devices.limits import is_out_of_memory, return_freed_memory
 from edgetrain.blockwise import bind
 from edgetrain.data import Dataset, to_float
 from edgetrain.engine import warm_up_kernels
+from edgetrain.errors import BudgetBroken
+from edgetrain.governor import Governor
 from edgetrain.models import build_family
 from edgetrain.models.base import Network
 from edgetrain.models.vit import ClassifierNetwork
@@ -30,6 +33,7 @@ from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
 from edgetrain.session import Session
 from edgetrain.stages import Unit, exact_stages, largest_block
+from edgetrain.units import format_bytes
 
 CHUNK_BYTES = 2 << 20
 """What is held of all examples that pass a block together, their images included; far more work than a load."""
@@ -85,6 +89,26 @@ class Batched:
     """Works on examples in batches of ``batch_size``, which memory that runs out halves."""
 
     batch_size: int
+
+    @contextmanager
+    def within(self, budget_bytes: int, doing: str) -> Iterator[None]:
+        """Everything inside runs under the budget.
+
+        Raises:
+            BudgetBroken: it was exceeded, or ``doing`` needs more than it even with one example at a time.
+        """
+        governor = Governor(budget_bytes)
+        with governor.hold(CHUNK_BYTES):
+            try:
+                yield
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise BudgetBroken(
+                    f"{doing} one at a time needs more than {format_bytes(budget_bytes)} of memory: {error}",
+                    "Raise --memory-budget.",
+                ) from error
+        governor.check()
 
     def parts(self, n: int) -> Iterator[slice]:
         """The batches of ``n`` examples."""

@@ -229,7 +229,7 @@ class _Measurement:
             except (RuntimeError, MemoryError) as error:
                 if not limits.is_out_of_memory(error):
                     raise
-                found = peak + self.budget_bytes  # more than there is
+                found, self.bounded = peak + self.budget_bytes, True  # more than there is
             finally:
                 limits.keep_freed_memory(False)
                 limits.return_freed_memory()

@@ -21,6 +21,7 @@ from edgetrain.streamed_plan import (
     make_streamed_plan,
     smallest_streamed_budget_bytes,
 )
+from edgetrain.streamed_probe import _Measurement
 from edgetrain.units import MIB
 from tests.language_models import advance, cut_small, make_spec, new_session, open_trainer, shapes
 
@@ -232,3 +233,20 @@ def test_buffers_are_what_the_trainer_allocates(
     spilled = sum(buffer.nbytes for buffer in done.trainer._spill._held.values())
     assert owners.get("spilled", 0) == (spilled if choice.resident else 0)
     assert choice.resident or sizes.scratch_bytes(choice) == spilled
+
+
+def test_holes_that_do_not_fit_are_measured_again_for_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left out for lack of room must not count as known."""
+    measurement = object.__new__(_Measurement)
+    measurement.budget_bytes, measurement.own_bytes, measurement.bounded = 300 * MIB, 0, False
+
+    def from_heap(self: _Measurement, unit: Any, n: int) -> int:
+        if n == 2:
+            raise MemoryError
+        return 12 * MIB
+
+    monkeypatch.setattr(_Measurement, "_limit", lambda self, optional: None)
+    monkeypatch.setattr(_Measurement, "_from_heap", from_heap)
+    holes = measurement._holes({"layer": None}, [(1, 10 * MIB), (2, 20 * MIB)])  # type: ignore[dict-item]
+    assert holes == [(1, 2 * MIB), (2, 300 * MIB)]
+    assert measurement.bounded

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from devices import Device
     from edgetrain.data import Dataset
     from edgetrain.image_sampling import ImageSampler
+    from edgetrain.sampling import Batched
     from edgetrain.session import Session
 
 _NOISE_LEVELS = 6
@@ -79,25 +80,11 @@ def command(
     options.start_torch(threads)
     import devices
     from devices import meter
-    from devices.limits import is_out_of_memory
-    from edgetrain.errors import BudgetBroken
-    from edgetrain.governor import Governor
-    from edgetrain.sampling import CHUNK_BYTES
     from edgetrain.units import format_bytes
 
-    compute = _measurement(found, dataset, devices.open_device(device), euler_steps, draws)
-    governor = Governor(budget)
-    with governor.hold(CHUNK_BYTES):
-        try:
-            results = [{**row, "split": split, "num_examples": dataset.num_examples} for row in compute()]
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise BudgetBroken(
-                f"evaluating one example at a time needs more than {format_bytes(budget)} of memory: {error}",
-                "Raise --memory-budget.",
-            ) from error
-    governor.check()
+    sampler, compute = _measurement(found, dataset, devices.open_device(device), euler_steps, draws)
+    with sampler.within(budget, "evaluating examples"):
+        results = [{**row, "split": split, "num_examples": dataset.num_examples} for row in compute()]
     peak = meter.usage().peak_bytes
     value = {"session": str(session), "results": results, "peak_bytes": peak, "budget_bytes": budget}
 
@@ -116,8 +103,8 @@ def command(
 
 def _measurement(
     session: Session, dataset: Dataset, device: Device, euler_steps: int | None, draws: int
-) -> Callable[[], list[dict[str, Any]]]:
-    """What makes the results of a model of images, warmed up."""
+) -> tuple[Batched, Callable[[], list[dict[str, Any]]]]:
+    """What works on a model of images, warmed up, and the function that makes the results."""
     from edgetrain.image_sampling import ImageSampler
     from edgetrain.sampling import Classifier, Sampler, accuracies, readouts
 
@@ -126,15 +113,15 @@ def _measurement(
     if spec.model.family == "dit":
         images = ImageSampler(session, device, micro_batch)
         images.warm_up()
-        return lambda: _errors(images, dataset)
+        return images, lambda: _errors(images, dataset)
     if spec.is_exact:
         classifier = Classifier(session, device, micro_batch)
         classifier.warm_up()
-        return lambda: _accuracies({"top-1": classifier.accuracy(dataset)})
+        return classifier, lambda: _accuracies({"top-1": classifier.accuracy(dataset)})
     sampler = Sampler(session, device, micro_batch)
     sampler.warm_up()
     rows = readouts(spec.num_blocks, euler_steps, draws)
-    return lambda: _accuracies(accuracies(sampler, dataset, rows))
+    return sampler, lambda: _accuracies(accuracies(sampler, dataset, rows))
 
 
 def _accuracies(values: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetrain.cli import options
-from edgetrain.errors import BudgetBroken, DiskError, UsageError
+from edgetrain.errors import DiskError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,29 +40,16 @@ def paint(session: Session, wanted: Wanted, budget: int | None, device: str, thr
     options.start_torch(threads)
     import devices
     from devices import meter
-    from devices.limits import is_out_of_memory
-    from edgetrain.governor import Governor
     from edgetrain.image_sampling import ImageSampler
-    from edgetrain.sampling import CHUNK_BYTES
     from edgetrain.units import format_bytes
 
     spec = session.spec
     micro_batch = min(session.progress(block).micro_batch for block in range(spec.num_blocks))
     sampler = ImageSampler(session, devices.open_device(device), micro_batch or 1)
     sampler.warm_up()
-    governor = Governor(budget)
-    with governor.hold(CHUNK_BYTES):
-        try:
-            images = sampler.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise BudgetBroken(
-                f"generating one image at a time needs more than {format_bytes(budget)} of memory: {error}",
-                "Raise --memory-budget.",
-            ) from error
+    with sampler.within(budget, "generating images"):
+        images = sampler.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
         _write(grid_of(images, len(chosen)), wanted.file)
-    governor.check()
     value: dict[str, Any] = {
         "file": str(wanted.file), "images": count, "classes": labels, "steps": wanted.steps,
         "guidance": wanted.guidance, "seed": wanted.seed, "peak_bytes": meter.usage().peak_bytes,
