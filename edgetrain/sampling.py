@@ -7,10 +7,10 @@ What trained within a budget is sampled within it: without gradients and moments
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,8 +24,8 @@ from edgetrain.engine import warm_up_kernels
 from edgetrain.errors import BudgetBroken
 from edgetrain.governor import Governor
 from edgetrain.models import build_family
-from edgetrain.models.base import Network
-from edgetrain.models.vit import ClassifierNetwork
+from edgetrain.models.base import Network, network_input
+from edgetrain.models.vit import ClassifierNetwork, Stem, ViTLayer
 from edgetrain.noise import euler_coefficients
 from edgetrain.objectives.base import Block
 from edgetrain.objectives.diffusion_blocks import enter, read_out
@@ -185,13 +185,14 @@ class Sampler(Batched):
             steps = [k for k, (_, owner) in enumerate(grid) if owner == index]
             for part in self.parts(n):
                 x = torch.from_numpy(to_float(images[part])).to(self.device.torch_device)
+                logits_at = self._denoiser(block, x)
                 for draw in range(draws):
                     if steps[0] == 0:
                         z[draw, part] = self._noise(draw, first_example + part.start, len(x))
                     state = torch.from_numpy(z[draw, part]).to(self.device.torch_device)
                     for k in steps:
                         sigma = grid[k][0]
-                        logits = self._logits(block, x, state, sigma)
+                        logits = logits_at(state, torch.full((len(state),), sigma, device=state.device))
                         probabilities = logits.softmax(1)
                         if k == 0:
                             first[draw, part] = probabilities.cpu().numpy()
@@ -210,12 +211,34 @@ class Sampler(Batched):
         scale = np.float32((1 + self.spec.diffusion_blocks.noise.sigma_max**2) ** 0.5)
         return scale * normal(stream, first_example, count, self.spec.image_model.width)
 
-    def _logits(self, block: Block, images: torch.Tensor, z: torch.Tensor, sigma: float) -> torch.Tensor:
-        sigmas = torch.full((len(z),), sigma, device=z.device)
-        boundary = enter(self.spec, block.stem, images, z, sigmas)
-        for layer in block.layers:
-            boundary = layer(boundary)
-        return read_out(self.spec, block.head, boundary, z, sigmas)
+    def _denoiser(self, block: Block, images: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """(z, sigma) -> logits for these images. Of two streams, that of the images runs once."""
+        if self.spec.diffusion_blocks.streams == 1:
+
+            def single_stream(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+                boundary = enter(self.spec, block.stem, images, z, sigma)
+                for layer in block.layers:
+                    boundary = layer(boundary)
+                return read_out(self.spec, block.head, boundary, z, sigma)
+
+            return single_stream
+        stem, layers = cast(Stem, block.stem), cast(Sequence[ViTLayer], block.layers)
+        boundary = stem.clean(images)
+        clean, condition = boundary.carried["clean"], boundary.context["clean_condition"]
+        seen = []
+        for layer in layers:
+            clean, own = layer.stream(clean, condition)
+            seen.append(own)
+
+        def noisy_stream(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            scaled_z, c_noise = network_input(z, sigma, self.spec.sigma_data)
+            boundary = stem.noised(scaled_z, c_noise)
+            noisy, condition = boundary.carried["noisy"], boundary.context["condition"]
+            for layer, own in zip(layers, seen, strict=True):
+                noisy, _ = layer.stream(noisy, condition, own)
+            return read_out(self.spec, block.head, boundary.advance({"noisy": noisy}), z, sigma)
+
+        return noisy_stream
 
 
 class Classifier(Batched):

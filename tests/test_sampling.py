@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 
 import devices
 from edgetrain import sampling
-from edgetrain.blockwise import build_modules
+from edgetrain.blockwise import bind, build_modules
 from edgetrain.data import Dataset, to_float
 from edgetrain.models import build_family
 from edgetrain.objectives.base import Block
+from edgetrain.objectives.diffusion_blocks import enter, read_out
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.sampling import Sampler, accuracies, readouts
 from edgetrain.session import Session
@@ -173,21 +175,43 @@ def test_where_memory_runs_out_batches_get_smaller(session, digits, monkeypatch)
     device = devices.open_device("cpu")
     expected = Sampler(session, device, batch_size=20).probabilities(images, 5, 3, "soft", draws=2)
     sampler, fitting = Sampler(session, device, batch_size=64), 5
-    run = sampler._logits
+    denoiser = sampler._denoiser
 
-    def short_of_memory(block: Block, images: Tensor, z: Tensor, sigma: float) -> Tensor:
-        # Amid the chain: what an attempt has done must not count for the next.
-        if sigma < session.spec.diffusion_blocks.noise.sigma_max and len(z) > fitting:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return run(block, images, z, sigma)
+    def short_of_memory(block: Block, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        run = denoiser(block, images)
 
-    monkeypatch.setattr(sampler, "_logits", short_of_memory)
+        def logits(z: Tensor, sigma: Tensor) -> Tensor:
+            # Amid the chain: what an attempt has done must not count for the next.
+            if sigma[0] < session.spec.diffusion_blocks.noise.sigma_max and len(z) > fitting:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return run(z, sigma)
+
+        return logits
+
+    monkeypatch.setattr(sampler, "_denoiser", short_of_memory)
     found = sampler.probabilities(images, 5, 3, "soft", draws=2)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert sampler.batch_size == 5
     fitting = 0
     with pytest.raises(RuntimeError, match="allocate"):
         sampler.probabilities(images, 5, 3, "soft", draws=2)
+
+
+def test_logits_are_those_of_training(session, digits):
+    """Of two streams that of the images runs once, which changes no bit."""
+    sampler = Sampler(session, devices.open_device("cpu"), batch_size=8)
+    block = bind(sampler.resident, session.spec, session.shapes, sampler.family, 1)
+    sampler.resident.load(session.store.read)
+    images = torch.from_numpy(to_float(digits.read(np.arange(8))[0]))
+    z, sigma = torch.randn(8, session.spec.model.width), torch.full((8,), 0.7)
+    boundary = enter(session.spec, block.stem, images, z, sigma)
+    for layer in block.layers:
+        boundary = layer(boundary)
+    expected = read_out(session.spec, block.head, boundary, z, sigma)
+    with torch.no_grad():
+        logits_at = sampler._denoiser(block, images)
+        for _ in range(2):
+            torch.testing.assert_close(logits_at(z, sigma), expected, rtol=0, atol=0)
 
 
 def test_warming_up_leaves_the_results_alone(session, digits):

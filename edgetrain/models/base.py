@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from edgetrain.noise import preconditioning
 from edgetrain.spec import Spec
 
 
@@ -31,6 +32,12 @@ class Boundary:
 
     def advance(self, carried: Mapping[str, Tensor]) -> Boundary:
         return replace(self, carried=carried)
+
+
+def network_input(z: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """c_in z, and c_noise (n,) (EDM, table 1): what a network is given of z (n, ...) and sigma (n,)."""
+    _, _, c_in = preconditioning(sigma, sigma_data)
+    return c_in.view(-1, *[1] * (z.ndim - 1)) * z, sigma.log() / 4
 
 
 class Layer(nn.Module, abc.ABC):

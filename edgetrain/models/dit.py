@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetrain import noise
-from edgetrain.models.base import Boundary, Family, Network
+from edgetrain.models.base import Boundary, Family, Network, network_input
 from edgetrain.models.vit import Batches, PatchStem, ViTLayer, initial_values, modulate
 from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import ModelSpec, Spec
@@ -114,8 +114,7 @@ def noisy(batch: Mapping[str, Tensor]) -> Tensor:
 
 def enter(spec: Spec, stem: nn.Module, z: Tensor, sigma: Tensor, labels: Tensor) -> Boundary:
     """The first boundary: z (n, C, H, W), sigma (n,), labels (n,)."""
-    _, _, c_in = noise.preconditioning(sigma, spec.sigma_data)
-    boundary: Boundary = stem(c_in[:, None, None, None] * z, sigma.log() / 4, labels)  # c_noise of EDM, table 1
+    boundary: Boundary = stem(*network_input(z, sigma, spec.sigma_data), labels)
     return boundary
 
 

@@ -85,14 +85,18 @@ class Stem(PatchStem):
         """Of two streams, the one that depends on the images alone."""
         return Boundary({"clean": self.tokens_of(images)}, {"clean_condition": F.silu(self.clean_condition)})
 
+    def noised(self, scaled_z: Tensor, c_noise: Tensor) -> Boundary:
+        """The other one: c_in * z (n, width), c_noise (n,)."""
+        return Boundary({"noisy": self.noisy(scaled_z)[:, None]}, {"condition": self.condition(c_noise)})
+
     def forward(self, images: Tensor, scaled_z: Tensor, c_noise: Tensor) -> Boundary:
         """images (n, C, H, W), c_in * z (n, width), c_noise (n,)."""
-        noisy = self.noisy(scaled_z)[:, None]
-        condition = self.condition(c_noise)
+        noised = self.noised(scaled_z, c_noise)
         if self.streams == 1:
-            return Boundary({"tokens": torch.cat([noisy, self.tokens_of(images)], 1)}, {"condition": condition})
+            tokens = torch.cat([noised.carried["noisy"], self.tokens_of(images)], 1)
+            return Boundary({"tokens": tokens}, noised.context)
         clean = self.clean(images)
-        return Boundary({**clean.carried, "noisy": noisy}, {**clean.context, "condition": condition})
+        return Boundary({**clean.carried, **noised.carried}, {**clean.context, **noised.context})
 
 
 class ViTLayer(Layer):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from edgetrain import noise
 from edgetrain.activations import Activations
 from edgetrain.models import dit
-from edgetrain.models.base import Boundary
+from edgetrain.models.base import Boundary, network_input
 from edgetrain.models.vit import Batches
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.randomness import Purpose, Stream, normal, uniform
@@ -116,9 +116,7 @@ class DenoisedImages(Objective):
 
 def enter(spec: Spec, stem: nn.Module, images: Tensor, z: Tensor, sigma: Tensor) -> Boundary:
     """The first boundary of a block: images (n, C, H, W), z (n, width), sigma (n,)."""
-    _, _, c_in = noise.preconditioning(sigma, spec.sigma_data)
-    c_noise = sigma.log() / 4  # EDM, table 1
-    boundary: Boundary = stem(images, c_in[:, None] * z, c_noise)
+    boundary: Boundary = stem(images, *network_input(z, sigma, spec.sigma_data))
     return boundary
 
 

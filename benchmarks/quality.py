@@ -1,0 +1,217 @@
+"""What the comparisons of quality share: arms trained and scored once each, resumable; tables and learning curves.
+
+An arm is a way to train one model. It is trained at a quarter, at half and at all of its steps, each a training of its
+own with its own schedule, so that a curve shows what more steps would buy; the learning rate is chosen among a few by
+the validation score at half of the steps. Whatever was scored is in ``scores.jsonl`` in the study's folder, and a run
+that was interrupted goes on from there; a training that was interrupted goes on from its last commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import edgetrain, parser, progress, settings
+
+Scores = dict[str, float]
+"""By readout or metric."""
+
+Score = Callable[[Path, Path], Scores]
+"""(folder, session) -> the scores of a trained session."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """``times``: how many times the study's steps it gets. ``lrs``: what is tried. ``chosen_by``: the score that does,
+    the higher the better if ``maximise``."""
+
+    name: str
+    changes: Mapping[str, object]
+    times: float = 1.0
+    lrs: Sequence[float] = (1e-3, 2e-3)
+
+
+@dataclass(frozen=True)
+class Result:
+    arm: str
+    seed: int
+    steps: int
+    lr: float
+    split: str
+    scores: Scores
+    seconds: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Study:
+    """A folder with the sessions and scores of one comparison."""
+
+    def __init__(  # noqa: PLR0917
+        self, folder: Path, recipe: str, data: Path, steps: int, budget: str, threads: int, *, best: str, maximise: bool
+    ) -> None:
+        self.folder, self.recipe, self.data = folder.resolve(), recipe, data.resolve()
+        self.steps, self.budget, self.threads = steps, budget, threads
+        self.best, self.maximise = best, maximise
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log = self.folder / "scores.jsonl"
+        lines = self._log.read_text().splitlines() if self._log.exists() else []
+        self.results = [Result(**json.loads(line)) for line in lines]
+
+    def result(  # noqa: PLR0917
+        self, arm: Arm, seed: int, part: float, lr: float, split: str, score: Score
+    ) -> Result:
+        """Trains ``part`` of the arm's steps and scores it, unless that is done already."""
+        steps = max(1, round(self.steps * arm.times * part))
+        for one in self.results:
+            if (one.arm, one.seed, one.steps, one.lr, one.split) == (arm.name, seed, steps, lr, split):
+                return one
+        session = self.folder / f"{arm.name}-{seed}-{steps}-{lr:g}".replace(" ", "_").replace("/", "")
+        changes = {**arm.changes, "train.seed": seed, "train.steps": steps, "optimizer.lr": lr}
+        created = [
+            "--recipe", self.recipe, "--data", str(self.data), "--memory-budget", self.budget, *settings(changes),
+        ]  # fmt: skip
+        arguments = [] if (session / "session.json").exists() else created
+        threads = ["--threads", str(self.threads)]
+        trained = edgetrain(self.folder, "train", str(session), *arguments, *threads, timeout_s=1e6).require()
+        seconds = trained.value["seconds"]
+        scores = score(self.folder, session)
+        extra = {"peak_bytes": trained.value["peak_bytes"]}
+        made = Result(arm.name, seed, steps, lr, split, scores, seconds, extra)
+        with self._log.open("a") as log:
+            log.write(json.dumps(made.__dict__) + "\n")
+        self.results.append(made)
+        progress(f"{arm.name}, seed {seed}, {steps} steps, lr {lr:g}, {seconds:.0f} s: {split} {scores}")
+        return made
+
+    def lr(self, arm: Arm, score: Score) -> float:
+        """The best of the arm's learning rates, at half of its steps, by validation."""
+        tried = {lr: self.result(arm, 0, 0.5, lr, "validation", score).scores for lr in arm.lrs}
+        sign = 1 if self.maximise else -1
+        return max(tried, key=lambda lr: max(sign * v for k, v in tried[lr].items() if k.startswith(self.best)))
+
+    def run(self, arms: Sequence[Arm], seeds: Sequence[int], validate: Score, test: Score) -> None:
+        """Everything: learning rates, curves of the first seed, and all seeds at full length, tested once."""
+        rates = {arm.name: self.lr(arm, validate) for arm in arms}
+        for arm in arms:
+            for part in (0.25, 0.5, 1.0):
+                self.result(arm, seeds[0], part, rates[arm.name], "validation", validate)
+        for seed in seeds:
+            for arm in arms:
+                self.result(arm, seed, 1.0, rates[arm.name], "validation", validate)
+                self.result(arm, seed, 1.0, rates[arm.name], "test", test)
+        self.rates = rates
+
+    def at(self, arm: Arm, split: str, part: float = 1.0) -> list[Result]:
+        """All seeds of an arm, at its chosen learning rate."""
+        steps = max(1, round(self.steps * arm.times * part))
+        return [
+            one for one in self.results
+            if (one.arm, one.steps, one.lr, one.split) == (arm.name, steps, self.rates[arm.name], split)
+        ]  # fmt: skip
+
+    def rows(self, arms: Sequence[Arm], metrics: Sequence[str], digits: int = 2) -> Iterator[list[object]]:
+        """Arm, learning rate, steps, curve of the first seed, then mean and deviation of each metric on the test set,
+        and seconds of training."""
+        for arm in arms:
+            tested = self.at(arm, "test")
+            curve = [
+                self._best(self.at(arm, "validation", part)[0].scores) for part in (0.25, 0.5, 1.0)
+            ]  # fmt: skip
+            values = [spread([one.scores[m] for one in tested if m in one.scores], digits) for m in metrics]
+            seconds = statistics.mean(one.seconds for one in self.at(arm, "validation"))
+            yield [
+                arm.name, f"{self.rates[arm.name]:g}", tested[0].steps,
+                " ".join(f"{value:.{digits}f}" for value in curve), *values, f"{seconds:.0f}",
+            ]  # fmt: skip
+
+    def _best(self, scores: Scores) -> float:
+        values = [value for name, value in scores.items() if name.startswith(self.best)]
+        return max(values) if self.maximise else min(values)
+
+    def figure(self, arms: Sequence[Arm], title: str, label: str, path: Path) -> None:
+        """Learning curves of the first seed on the validation split, steps doubled from point to point."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4.2))
+        for arm in arms:
+            points = [
+                (one[0].steps, self._best(one[0].scores))
+                for one in (self.at(arm, "validation", part) for part in (0.25, 0.5, 1.0))
+            ]
+            axes.plot(*zip(*points, strict=True), marker="o", label=arm.name)
+        axes.set(xscale="log", xlabel="optimizer steps (of each block)", ylabel=label, title=title)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+        plt.close(figure)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation over the seeds."""
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def difference(a: Sequence[float], b: Sequence[float], digits: int) -> str:
+    """Mean of a - b, and the standard error of that difference over independent seeds."""
+    mean = statistics.mean(a) - statistics.mean(b)
+    if min(len(a), len(b)) < 2:
+        return f"{mean:+.{digits}f}"
+    error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
+    return f"{mean:+.{digits}f} ± {error:.{digits}f}"
+
+
+def quality_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every comparison takes."""
+    made = parser(description)
+    made.add_argument("--folder", type=Path, default=Path("quality-study"), help="sessions and scores; goes on there")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--steps", type=int, help="of each block")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the learning curves")
+    return made
+
+
+def split_train_set(source: Path, folder: Path, held_out: int) -> tuple[Path, Path]:
+    """Two IDX folders with the same training images, all but the last ``held_out`` of ``source``: the first has these
+    as its test images, for choices; the second has the test images of ``source``."""
+    import gzip
+
+    choosing, testing = folder / "choosing", folder / "testing"
+    if testing.exists():
+        return choosing, testing
+
+    def content(name: str) -> bytes:
+        with gzip.open(source / f"{name}.gz") as file:
+            return file.read()
+
+    aside = folder / "aside"
+    shutil.rmtree(aside, ignore_errors=True)
+    for kind, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):
+        data = content(f"train-{kind}")
+        count = int.from_bytes(data[4:8], "big")
+        item = (len(data) - header) // count
+        cut = header + (count - held_out) * item
+        rest = data[8:header]
+        parts = {
+            "train": data[:4] + (count - held_out).to_bytes(4, "big") + rest + data[header:cut],
+            "t10k": data[:4] + held_out.to_bytes(4, "big") + rest + data[cut:],
+        }
+        for name, where in (("train", choosing), ("t10k", choosing), ("train", aside)):
+            where.mkdir(parents=True, exist_ok=True)
+            (where / f"{name}-{kind}").write_bytes(parts[name])
+        (aside / f"t10k-{kind}").write_bytes(content(f"t10k-{kind}"))
+    aside.replace(testing)
+    return choosing, testing
