@@ -2,7 +2,7 @@
 
 An arm is a way to train one model. It is trained at a quarter, at half and at all of its steps, each a training of its
 own with its own schedule, so that a curve shows what more steps would buy; the learning rate is chosen among a few by
-the validation score at half of the steps. Whatever was scored is in ``scores.jsonl`` in the study's folder, and a run
+the validation score at a quarter of the steps. What was scored is in ``scores.jsonl`` in the study's folder: a run
 that was interrupted goes on from there; a training that was interrupted goes on from its last commit.
 """
 
@@ -28,13 +28,13 @@ Score = Callable[[Path, Path], Scores]
 
 @dataclass(frozen=True)
 class Arm:
-    """``times``: how many times the study's steps it gets. ``lrs``: what is tried. ``chosen_by``: the score that does,
-    the higher the better if ``maximise``."""
+    """``times``: how many times the study's steps it gets. ``lrs``: what is tried. ``seeds``: at most so many."""
 
     name: str
     changes: Mapping[str, object]
     times: float = 1.0
     lrs: Sequence[float] = (1e-3, 2e-3)
+    seeds: int = 3
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,11 @@ class Study:
         return made
 
     def lr(self, arm: Arm, score: Score) -> float:
-        """The best of the arm's learning rates, at half of its steps, by validation."""
-        tried = {lr: self.result(arm, 0, 0.5, lr, "validation", score).scores for lr in arm.lrs}
-        sign = 1 if self.maximise else -1
-        return max(tried, key=lambda lr: max(sign * v for k, v in tried[lr].items() if k.startswith(self.best)))
+        """The best of the arm's learning rates, at a quarter of its steps, by validation."""
+        if len(arm.lrs) == 1:
+            return arm.lrs[0]
+        tried = {lr: self._best(self.result(arm, 0, 0.25, lr, "validation", score).scores) for lr in arm.lrs}
+        return (max if self.maximise else min)(tried, key=lambda lr: tried[lr])
 
     def run(self, arms: Sequence[Arm], seeds: Sequence[int], validate: Score, test: Score) -> None:
         """Everything: learning rates, curves of the first seed, and all seeds at full length, tested once."""
@@ -102,7 +103,7 @@ class Study:
             for part in (0.25, 0.5, 1.0):
                 self.result(arm, seeds[0], part, rates[arm.name], "validation", validate)
         for seed in seeds:
-            for arm in arms:
+            for arm in (one for one in arms if seed < one.seeds):
                 self.result(arm, seed, 1.0, rates[arm.name], "validation", validate)
                 self.result(arm, seed, 1.0, rates[arm.name], "test", test)
         self.rates = rates

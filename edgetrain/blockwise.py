@@ -5,23 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from devices import Device, Tier
-from devices.limits import is_out_of_memory, return_freed_memory
+from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory
 from edgetrain.activations import Activations, Keep, Offload, Recompute
 from edgetrain.engine import Settle, SmallerMicroBatch, Step, Trainer, halved, warm_up_kernels
 from edgetrain.models import build_family
-from edgetrain.models.base import Family
+from edgetrain.models.base import Family, Layer
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.objectives.diffusion_blocks import Codebook
 from edgetrain.optim import AdamW, learning_rate
 from edgetrain.plan import Choice
 from edgetrain.resident import Resident, Settings, Update
 from edgetrain.session import BlockProgress, Session
-from edgetrain.spec import Spec
+from edgetrain.spec import ModelSpec, Spec, TextModelSpec
 from edgetrain.stages import Shapes, Stage, largest_block, stages_of_block
 from edgetrain.store import Transaction
 from edgetrain.store.layout import TensorSpec
@@ -29,15 +29,12 @@ from edgetrain.store.layout import TensorSpec
 
 def build_modules(spec: Spec, family: Family, block: int) -> Block:
     """The modules of one block, on meta: without memory until they are bound."""
+    kinds = [stage.kind for stage in stages_of_block(spec, block) if stage.kind != "codebook"]
     with torch.device("meta"):
-        model = spec.image_model
-        return Block(
-            block,
-            family.build_stem(),
-            [family.build_layer() for _ in spec.layers_of(block)],
-            family.build_head(),
-            Codebook(model.num_classes, model.width) if model.family == "vit" else None,
-        )
+        stem, *layers, head = (family.build(kind) for kind in kinds)
+        rows = spec.codebook_rows
+        assert isinstance(spec.model, (ModelSpec, TextModelSpec))
+        return Block(block, stem, cast("list[Layer]", layers), head, Codebook(rows, spec.model.width) if rows else None)
 
 
 def bind(resident: Resident, spec: Spec, shapes: Shapes, family: Family, block: int) -> Block:
@@ -58,6 +55,7 @@ class BlockTrainer(Trainer):
         self.optimizer = AdamW(self.spec.optimizer)
         self.resident = Resident(device, [largest_block(self.spec, session.shapes)], choice.moments_resident)
         self.activations = self._activations(choice.activations)
+        self._keeps_freed = choice.keeps_freed
         self.block = build_modules(self.spec, self.family, 0)
 
     def _activations(self, kind: str) -> Activations:
@@ -89,6 +87,8 @@ class BlockTrainer(Trainer):
             self._accumulate(progress.step, 1, 1, Keep())
         self.resident.flat_gradient().zero_()
         warm_up_kernels(self.device)
+        # Not before: what libraries take once, and keep, would lie between the holes.
+        keep_freed_memory(self._keeps_freed)
 
     def prefetch(self, block: int) -> None:
         self.session.store.prefetch(stage.name for stage in stages_of_block(self.spec, block))
@@ -104,6 +104,8 @@ class BlockTrainer(Trainer):
         began = time.perf_counter()
         step, micro_batch = progress.step, progress.micro_batch
         while isinstance(loss := self._attempt(step, micro_batch, self.activations), str):
+            if self._closed_holes():
+                continue
             if not isinstance(self.activations, Keep):
                 return SmallerMicroBatch(halved(micro_batch, step, loss))
             self.activations = Recompute()
@@ -122,8 +124,16 @@ class BlockTrainer(Trainer):
         micro_batch = progress.micro_batch
         with torch.no_grad():
             while isinstance(loss := self._attempt(step, micro_batch, Keep()), str):
-                micro_batch = halved(micro_batch, step, loss)
+                if not self._closed_holes():
+                    micro_batch = halved(micro_batch, step, loss)
         return loss
+
+    def _closed_holes(self) -> bool:
+        """After memory ran out: whether freed memory was kept until now."""
+        kept, self._keeps_freed = self._keeps_freed, False
+        keep_freed_memory(False)
+        return_freed_memory()
+        return kept
 
     def _attempt(self, step: int, micro_batch: int, activations: Activations) -> float | str:
         """The mean loss of a step's batch, as ``_accumulate``; if memory ran out, what was said of it."""
@@ -133,7 +143,6 @@ class BlockTrainer(Trainer):
             if not is_out_of_memory(error):
                 raise
             reason = str(error)  # the exception itself would keep its frames' tensors alive
-        return_freed_memory()
         self.retries += 1
         return reason
 

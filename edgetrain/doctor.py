@@ -26,7 +26,7 @@ from edgetrain.objectives.base import training_batches
 from edgetrain.plan import StreamedChoice
 from edgetrain.resident import Resident, widened
 from edgetrain.session import Session
-from edgetrain.spec import ModelSpec, Spec, StackSpec
+from edgetrain.spec import ModelSpec, Spec, StackSpec, TextModelSpec
 from edgetrain.stages import ExactStages, Stage, Unit, exact_stages, rows_of_chunk
 from edgetrain.store.layout import StageLayout
 from edgetrain.streamed import StreamedTrainer
@@ -91,7 +91,7 @@ def examine(session: Session, dataset: Any, device_kind: str, scratch: Path, num
     """
     device = devices.open_device(device_kind, scratch)
     spec = session.spec
-    batches = training_batches(spec, dataset) if isinstance(spec.model, ModelSpec) else dataset
+    batches = training_batches(spec, dataset) if isinstance(spec.model, (ModelSpec, TextModelSpec)) else dataset
     network = build_network(spec, batches)
     if isinstance(spec.model, StackSpec):
         from edgetrain.models.stack import StackNetwork, check_shapes
@@ -100,8 +100,10 @@ def examine(session: Session, dataset: Any, device_kind: str, scratch: Path, num
         check_shapes(session.shapes, network, str(session.path))
     progress = session.progress(0)
     micro_batch = progress.micro_batch or spec.train.micro_batch or 1
-    num_layers = min(num_layers, spec.model.depth)
-    stages = _compared(exact_stages(spec), num_layers)
+    stages = exact_stages(spec)
+    # A layer that runs again has gradients of every run.
+    num_layers = len(stages.layers) if stages.is_looped else min(num_layers, len(stages.layers))
+    stages = _compared(stages, num_layers)
     source = _Weights(session, stages)
     choice = StreamedChoice(micro_batch, boundaries="moved")
     trainer = StreamedTrainer(source, device, choice, network, stages)
@@ -111,7 +113,7 @@ def examine(session: Session, dataset: Any, device_kind: str, scratch: Path, num
         loss = trainer.differentiate(progress.step, micro_batch, _collector(into))
     del trainer
     reference = _Reference(source, network, stages, device.torch_device)
-    resident_loss, expected = reference.gradients(progress.step, micro_batch, spec.model.depth - num_layers)
+    resident_loss, expected = reference.gradients(progress.step, micro_batch, len(stages.layers) - num_layers)
     return Diagnosis(
         rows=[_row(key, first[key], expected[key]) for key in expected],
         layers=num_layers,
@@ -200,17 +202,18 @@ class _Reference:
         }
         if self.stages.embedding:
             batch["embedded"] = self._embedded(batch["tokens"])
-        held: list[tuple[Unit, nn.Module]] = []
+        held: dict[Unit, nn.Module] = {}
         boundary = self._entered(batch, held, first_layer)
         for position, unit in enumerate(self.stages.layers):
-            module = self._module(unit)
-            self.network.prepare(module, unit.stages[-1].index, step, 0)
+            module = held[unit] if unit in held else self._module(unit)
+            self.network.prepare(module, self.stages.random_index(position), step, 0)
+            if position and position == self.stages.backprop_from:
+                boundary = boundary.advance({name: tensor.detach() for name, tensor in boundary.carried.items()})
             with torch.set_grad_enabled(position >= first_layer):
                 boundary = boundary.advance(self.network.layer(module, boundary).carried)
             if position >= first_layer:
-                held.append((unit, module))
-        head = self._module(self.stages.head)
-        held.append((self.stages.head, head))
+                held[unit] = module
+        head = held[self.stages.head] = self._module(self.stages.head)
         result = self.network.head(head, boundary, batch)
         loss = self._from_table(result, batch) if self.stages.output else result
         value = loss.item()
@@ -219,16 +222,16 @@ class _Reference:
             value = self._table_loss
         return value, {
             (stage.name, tensor.name): _gradient(module, tensor.name)
-            for unit, module in held
+            for unit, module in held.items()
             for stage in unit.stages
             if stage.trained
             for tensor in self.weights.layout(stage).tensors
         }
 
-    def _entered(self, batch: Mapping[str, Tensor], held: list[tuple[Unit, nn.Module]], first_layer: int) -> Boundary:
+    def _entered(self, batch: Mapping[str, Tensor], held: dict[Unit, nn.Module], first_layer: int) -> Boundary:
         stem = self._module(self.stages.stem)
         if not first_layer:
-            held.append((self.stages.stem, stem))
+            held[self.stages.stem] = stem
         with torch.set_grad_enabled(not first_layer):
             return self.network.enter(stem, batch)
 

@@ -103,6 +103,17 @@ class NoiseSchedule:
         return [(sigma, self.block_of(sigma)) for sigma in middles]
 
 
+def masking_band(num_blocks: int, block: int) -> tuple[float, float]:
+    """The (low, high) of t that ``block`` owns in masked diffusion, alpha(t) = 1 - t: equal decrements of alpha, the
+    first block where most is masked."""
+    return (num_blocks - 1 - block) / num_blocks, (num_blocks - block) / num_blocks
+
+
+def masking_block(num_blocks: int, t: float) -> int:
+    """The block that owns t in (0, 1]; a boundary belongs to the block below it in noise."""
+    return min(num_blocks - 1, max(0, num_blocks - math.ceil(t * num_blocks)))
+
+
 def euler_coefficients(sigma: float, next_sigma: float) -> tuple[float, float]:
     """(a, 1 - a) of the Euler step ``z_next = a * z + (1 - a) * D``, a = next_sigma / sigma.
 

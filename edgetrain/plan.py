@@ -37,20 +37,27 @@ ACTIVATIONS = ("keep", "recompute", "offload")
 MARGIN_BYTES = 10 * MIB
 MARGIN_OF_ACTIVATIONS = 0.03
 _MARGIN_OF_ADVICE = 0.01  # a budget that an error names must do, though the next probe may measure a little more
+_HOLES_BY_AND_BY = 2.5  # times those of a few steps, which is what was measured
 _SAME_TIME = 1.05  # what the probe's clock cannot tell apart
 CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the plan decides. Only the micro-batch touches a bit of the result; it is fixed at creation."""
+    """What the plan decides. Only the micro-batch touches a bit of the result; it is fixed at creation.
+
+    ``keeps_freed``: freed memory stays with the process, which is faster and takes more of it.
+    """
 
     micro_batch: int
     activations: str
     moments_resident: bool
+    keeps_freed: bool = False
 
     def describe(self) -> str:
-        return f"activations {self.activations}, moments {'resident' if self.moments_resident else 'streamed'}"
+        moments = "resident" if self.moments_resident else "streamed"
+        freed = ", freed memory used again" if self.keeps_freed else ""
+        return f"activations {self.activations}, moments {moments}{freed}"
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ class Probe:
 
     ``budget_bytes``: what did not fit into it is not measured; None if all did.
     ``own_bytes``: the peak of those that are always made, below which no budget can be kept.
+    ``heap``: how many times the bytes, and the seconds, a step takes if freed memory is used again; None: not measured.
     """
 
     shapes: Shapes
@@ -130,6 +138,7 @@ class Probe:
     runtime_bytes: int
     step_bytes: Mapping[str, Curve]
     step_s: Mapping[str, Curve]
+    heap: tuple[float, float] | None
 
     def covers(self, budget_bytes: int) -> bool:
         """Whether nothing was left out that fits into this budget."""
@@ -140,7 +149,7 @@ class Probe:
         return cls(
             value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
             {kind: Curve(**curve) for kind, curve in value["step_bytes"].items()},
-            {kind: Curve(points) for kind, points in value["step_s"].items()},
+            {kind: Curve(points) for kind, points in value["step_s"].items()}, value["heap"],
         )  # fmt: skip
 
 
@@ -244,18 +253,25 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
     fixed = spec.train.micro_batch
     for micro_batch in [fixed] if fixed else splits(batch_size):
         for kind in [forced] if forced else ACTIVATIONS:
-            for moments_resident in (True, False):
+            # What is offloaded leaves the small parts of its graph between the holes.
+            keeping = (True, False) if kind != "offload" and probe.heap is not None else (False,)
+            ways = itertools.product((True, False), keeping)
+            for moments_resident, keeps_freed in ways:
                 owners = {"runtime": probe.runtime_bytes, **buffer_bytes([layouts], moments_resident)}
                 owners["activations"] = round(probe.step_bytes[kind].at(layers, micro_batch))
+                heap_bytes, heap_s = probe.heap if keeps_freed and probe.heap is not None else (1.0, 1.0)
+                if keeps_freed:
+                    owners["holes"] = round(_HOLES_BY_AND_BY * (heap_bytes - 1) * owners["activations"])
                 # Recomputing and offloading only add work, whatever noise the probe's clock had.
                 per_example = max(probe.step_s[name].rate(layers) for name in {"keep", kind})
                 moved = 0 if moments_resident else 4 * owners["weights"]
-                seconds = batch_size * per_example + moved / CACHED_BYTES_PER_S
+                seconds = batch_size * per_example
                 # Small pieces cost what a fuller one would have shared; measured by the smallest probe.
                 smallest, smallest_s = probe.step_s["keep"].points[0][0]
                 overhead = max(0.0, smallest_s - smallest * probe.step_s["keep"].rate(1))
                 seconds += (-(-batch_size // micro_batch) - 1) * overhead
-                yield Choice(micro_batch, kind, moments_resident), owners, seconds
+                seconds = seconds * heap_s + moved / CACHED_BYTES_PER_S
+                yield Choice(micro_batch, kind, moments_resident, keeps_freed), owners, seconds
 
 
 def largest_micro_batch(spec: Spec) -> int:
@@ -270,7 +286,8 @@ def splits(batch_size: int) -> list[int]:
 
 
 def _needed_bytes(owners: Mapping[str, int]) -> int:
-    return sum(owners.values()) + MARGIN_BYTES + round(MARGIN_OF_ACTIVATIONS * owners["activations"])
+    uncertain = round(MARGIN_OF_ACTIVATIONS * owners["activations"]) + owners.get("holes", 0) // 4
+    return sum(owners.values()) + MARGIN_BYTES + uncertain
 
 
 def smallest_budget_bytes(spec: Spec, probe: Probe, activations: str | None) -> int:

@@ -31,7 +31,6 @@ def measure(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object
 
 
 def _measure_streamed(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str, object]:
-    import numpy as np
 
     from edgetrain import streamed_probe
     from edgetrain.importing import language_shapes
@@ -40,17 +39,7 @@ def _measure_streamed(spec: Spec, device_kind: str, budget_bytes: int) -> dict[s
     from edgetrain.spec import LanguageModelSpec, StackSpec
 
     if isinstance(spec.model, LanguageModelSpec):
-
-        class Text:
-            """Of the right length, all of one token."""
-
-            num_examples = 1 << 20
-
-            def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-                tokens = np.zeros((len(indices), spec.text.length), np.int64)
-                return tokens, tokens, np.ones(tokens.shape, np.float32)
-
-        network = build_network(spec, Text())
+        network = build_network(spec, _text(spec))
         shapes: Any = language_shapes(spec)
     else:
         noise = None if isinstance(spec.model, StackSpec) else training_batches(spec, _noise(spec))
@@ -59,11 +48,29 @@ def _measure_streamed(spec: Spec, device_kind: str, budget_bytes: int) -> dict[s
     return streamed_probe.measure(spec, network, shapes, device_kind, budget_bytes)
 
 
+def _text(spec: Spec) -> Any:
+    """Text of the right length, all of one token."""
+    import numpy as np
+
+    class Text:
+        num_examples = 1 << 20
+
+        def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            tokens = np.zeros((len(indices), spec.text.length), np.int64)
+            return tokens, tokens, np.ones(tokens.shape, np.float32)
+
+    return Text()
+
+
 def _noise(spec: Spec) -> Any:
-    """Images of the right size, so that reading a batch is measured too."""
+    """Data of the right size, so that reading a batch is measured too."""
     import numpy as np
 
     from edgetrain.data import Dataset
+    from edgetrain.spec import TextModelSpec
+
+    if isinstance(spec.model, TextModelSpec):
+        return _text(spec)
 
     class Noise(Dataset):
         def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -88,22 +95,23 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
     from edgetrain.objectives.diffusion_blocks import diffusion_blocks
     from edgetrain.plan import ACTIVATIONS, largest_micro_batch
     from edgetrain.resident import Resident
-    from edgetrain.stages import largest_block
+    from edgetrain.spec import ModelSpec, TextModelSpec
+    from edgetrain.stages import largest_block, stages_of_block
 
-    model = spec.image_model
+    model, tokens = spec.model, spec.tokens_per_example
+    assert isinstance(model, (ModelSpec, TextModelSpec))
     data = _noise(spec)
-    token_bytes = 4 * model.width * model.num_patches
-    small = math.ceil(_SMALLEST_TENSOR_BYTES / token_bytes)
+    small = math.ceil(_SMALLEST_TENSOR_BYTES / (4 * model.width * tokens))
     # Another phase of the step has the peak once activations outgrow the gradient of a weight: measured beyond that.
-    large = max(small, math.ceil(1.2 * model.width / model.num_patches))
+    large = max(small, math.ceil(1.2 * model.width / tokens))
     most = min(2 * large, largest_micro_batch(spec))
     micro_batches = sorted({min(one, most) for one in (1, small, 2 * small, large, 2 * large)})
     family = build_family(spec)
     with tempfile.TemporaryDirectory() as scratch:
         device = devices.open_device(device_kind, Path(scratch))
         meta = build_modules(spec, family, 0)
-        kinds = {"stem": meta.stem, "layer": meta.layers[0], "head": meta.head, "codebook": meta.codebook}
-        shapes = {k: {n: list(p.shape) for n, p in m.named_parameters()} for k, m in kinds.items() if m is not None}
+        kinds = dict(zip((stage.kind for stage in stages_of_block(spec, 0)), meta.modules, strict=True))
+        shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in kinds.items()}
         # Every parameter's gradient is the same memory: their values do not matter here, their size does.
         largest = max(math.prod(shape) for tensors in shapes.values() for shape in tensors.values())
         overlaid = torch.zeros(largest, device=device.torch_device)
@@ -180,11 +188,39 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
                 if len(peaks[-1]) < min(_ALWAYS_MEASURED, len(micro_batches)):
                     del peaks[-1], times[-1]
         runtime_bytes = meter.usage().resident_bytes - overlaid.nbytes
+        heap = None
+        if len(step_bytes["keep"]) == layers:
+            # Last: a heap that once was large stays so in part. Of what fitted last.
+            (micro_batch, plain_bytes), (_, plain_s) = step_bytes["keep"][-1][-1], step_s["keep"][-1][-1]
+            found = _from_heap(lambda: timed(policies["keep"], micro_batch), budget_bytes)
+            heap = found and (max(1.0, found[0] / plain_bytes), min(1.0, found[1] / plain_s))
     return {
         "shapes": shapes,
-        "budget_bytes": budget_bytes if any(any(rows) for rows in bounds.values()) else None,
+        "budget_bytes": budget_bytes if heap is None or any(any(rows) for rows in bounds.values()) else None,
         "own_bytes": own_bytes,
         "runtime_bytes": runtime_bytes,
         "step_bytes": {kind: {"points": step_bytes[kind], "bounds": bounds[kind]} for kind in ACTIVATIONS},
         "step_s": step_s,
+        "heap": heap,
     }
+
+
+def _from_heap(timed: Callable[[], float], budget_bytes: int) -> tuple[float, float] | None:
+    """The peak of a step over what is resident before, and its seconds, if its memory comes from the heap; None where
+    that does not fit."""
+    try:
+        if limits.supported():
+            limits.set_data_limit(max(0, limits.data_limit_for(budget_bytes, meter.usage())))
+        before = meter.usage().resident_bytes
+        limits.keep_freed_memory(True)
+        meter.reset_peak()
+        seconds = min(timed() for _ in range(_REPEATS))
+        return meter.usage().peak_bytes - before, seconds
+    except (RuntimeError, MemoryError) as error:
+        if not limits.is_out_of_memory(error):
+            raise
+        return None
+    finally:
+        limits.keep_freed_memory(False)
+        limits.return_freed_memory()
+        limits.lift_data_limit()

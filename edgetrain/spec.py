@@ -54,6 +54,11 @@ class ModelSpec:
             0 <= self.class_dropout < 1, f"model.class_dropout is {self.class_dropout}, not at least 0 and below 1"
         )
         if self.image_shape:
+            _require(
+                len(self.image_shape) == 3 and min(self.image_shape) > 0,
+                f"model.image_shape is {list(self.image_shape)}",
+                "It must be [channels, height, width].",
+            )
             _, height, width = self.image_shape
             _require(
                 height % self.patch == 0 and width % self.patch == 0,
@@ -119,6 +124,48 @@ class LanguageModelSpec:
 
 
 @dataclass(frozen=True)
+class TextModelSpec:
+    """A language model that is trained from the beginning.
+
+    masked: tokens are unmasked in any order (MD4, arXiv 2406.04329). ar: one after the other. recurrent: likewise, by
+    a core of ``depth`` layers that runs again and again between ``prelude`` and ``coda`` layers (arXiv 2502.05171);
+    exact training runs it ``loops`` times, and back through the last ``backprop_loops`` of them (0: all).
+
+    ``tokenizer``: "bytes", or a folder with tokenizer.json; ``vocab_size`` follows from it. ``previous``: with
+    diffusion_blocks, a noisy token of ar is also given the embedding of the token before it.
+    """
+
+    family: Literal["masked", "ar", "recurrent"] = "ar"
+    tokenizer: str = "bytes"
+    vocab_size: int = 0
+    width: int = 128
+    depth: int = 6
+    heads: int = 4
+    mlp_ratio: int = 3
+    rope_theta: float = 10000.0
+    prelude: int = 1
+    coda: int = 1
+    loops: int = 8
+    backprop_loops: int = 0
+    previous: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "mlp_ratio", "prelude", "coda", "loops"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
+        _require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
+        _require(self.head_dim % 2 == 0, f"a head's width {self.head_dim} is odd: rotary positions need pairs")
+        _require(self.rope_theta > 0, "model.rope_theta must be positive")
+        _require(
+            0 <= self.backprop_loops <= self.loops,
+            f"model.backprop_loops {self.backprop_loops} is not between 0 and {self.loops} loops",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True)
 class TextSpec:
     """Text to train a language model on, tokenised once.
 
@@ -139,15 +186,21 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """A model of somebody's own: ``depth`` blocks, and a stem and a head that have parameters or not."""
+    """A model of somebody's own: ``depth`` blocks, and a stem and a head that have parameters or not. ``order``: which
+    block runs when; empty: each once."""
 
     family: Literal["stack"] = "stack"
     depth: int = 1
+    order: tuple[int, ...] = ()
     stem: bool = True
     head: bool = True
 
     def __post_init__(self) -> None:
         _require(self.depth >= 1, f"model.depth must be at least 1, it is {self.depth}")
+        _require(
+            not self.order or set(self.order) == set(range(self.depth)),
+            f"model.order {list(self.order)} does not run each of the {self.depth} blocks",
+        )
 
 
 @dataclass(frozen=True)
@@ -187,7 +240,7 @@ class DiffusionBlocksSpec:
     p_mean: float = 0.0
     p_std: float = 1.2
     overlap: float = 0.05
-    sigma_data: float = 0.0  # 0: vit 1 / sqrt(width), the deviation of one element of a unit row; dit .5
+    sigma_data: float = 0.0  # 0: 1 / sqrt(width), the deviation of one element of a unit row; dit .5
     streams: Literal[1, 2] = 2
     skip: bool = False
     gate: float = 0.5
@@ -201,7 +254,7 @@ class DiffusionBlocksSpec:
         _require(self.auxiliary >= 0, f"diffusion_blocks.auxiliary must be at least 0, it is {self.auxiliary}")
         _require(
             not (self.auxiliary and self.streams == 1),
-            "diffusion_blocks.auxiliary needs streams = 2: with one stream the image tokens have seen the noisy label",
+            "diffusion_blocks.auxiliary needs streams = 2: with one stream what is clean has seen the noise",
         )
         self.noise  # noqa: B018  (checks the noise levels)
 
@@ -219,12 +272,23 @@ _EDM = {
     "sigma_min": 0.002, "sigma_max": 80.0, "p_mean": -1.2, "p_std": 1.2, "overlap": 0.05, "streams": 1, "skip": True,
     "gate": 0.0,
 }  # fmt: skip
+_SHARED = {"stem": "shared", "head": "shared", "codebook": "shared"}
+_NEXT_TOKEN = {"sigma_min": 0.1, "sigma_max": 10.0, "p_mean": -0.5, "p_std": 0.8, "overlap": 0.1}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "vit": {
         "calibrated": {},
-        "paper": {**_EDM, "sigma_data": 0.5, "stem": "shared", "head": "shared", "codebook": "shared"},
+        "paper": {**_EDM, **_SHARED, "sigma_data": 0.5},
     },
     "dit": {"calibrated": _EDM, "paper": {**_EDM, "stem": "shared", "head": "shared"}},
+    "masked": {"calibrated": {}, "paper": {"gate": 0.0, "stem": "shared", "head": "shared"}},
+    "ar": {
+        "calibrated": _NEXT_TOKEN,
+        "paper": {**_EDM, **_SHARED, "overlap": 0.1, "sigma_data": 0.5},
+    },
+    "recurrent": {
+        "calibrated": {**_NEXT_TOKEN, "num_blocks": 1},
+        "paper": {**_EDM, **_SHARED, "overlap": 0.1, "sigma_data": 0.5, "num_blocks": 1},
+    },
 }
 """By model.family: what a preset sets of [diffusion_blocks]."""
 
@@ -315,7 +379,7 @@ class Spec:
     """Everything that decides a number of the training. Memory choices are no part of it, save the micro-batch."""
 
     data: DataSpec | TextSpec | StackDataSpec = field(default_factory=DataSpec)
-    model: ModelSpec | LanguageModelSpec | StackSpec = field(default_factory=ModelSpec)
+    model: ModelSpec | LanguageModelSpec | TextModelSpec | StackSpec = field(default_factory=ModelSpec)
     diffusion_blocks: DiffusionBlocksSpec = field(default_factory=DiffusionBlocksSpec)
     exact: ExactSpec = field(default_factory=ExactSpec)
     optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
@@ -336,7 +400,7 @@ class Spec:
         else:
             blocks = self.diffusion_blocks.num_blocks
             _require(
-                isinstance(self.model, ModelSpec),
+                isinstance(self.model, (ModelSpec, TextModelSpec)),
                 f"{self.model.family!r} is trained by the exact objective",
                 'Set train.objective to "exact".',
             )
@@ -345,6 +409,16 @@ class Spec:
                 self.model.family != "dit" or (method.streams == 1 and method.skip and not method.auxiliary),
                 "an image is denoised by D = c_skip z + c_out F, in one stream and without an auxiliary loss",
                 "Leave out diffusion_blocks.streams, skip and auxiliary for the family dit.",
+            )
+            _require(
+                self.model.family not in ("masked", "recurrent") or not method.auxiliary,
+                f"there is no auxiliary loss for the family {self.model.family!r}",
+                "Leave out diffusion_blocks.auxiliary.",
+            )
+            _require(
+                self.model.family != "recurrent" or blocks == 1,
+                f"a recurrent core is one block, not {blocks}",
+                "Set diffusion_blocks.num_blocks = 1.",
             )
             _require(blocks <= depth, f"{blocks} blocks cannot be cut from {depth} layers", "Lower num_blocks.")
         if isinstance(self.model, LanguageModelSpec) and isinstance(self.data, TextSpec):
@@ -375,6 +449,11 @@ class Spec:
         return self.model
 
     @property
+    def text_model(self) -> TextModelSpec:
+        assert isinstance(self.model, TextModelSpec)
+        return self.model
+
+    @property
     def text(self) -> TextSpec:
         assert isinstance(self.data, TextSpec)
         return self.data
@@ -386,8 +465,20 @@ class Spec:
 
     @property
     def sigma_data(self) -> float:
-        generates = self.image_model.family == "dit"
-        return self.diffusion_blocks.sigma_data or (0.5 if generates else self.image_model.width**-0.5)
+        assert isinstance(self.model, (ModelSpec, TextModelSpec))
+        return self.diffusion_blocks.sigma_data or (0.5 if self.model.family == "dit" else self.model.width**-0.5)
+
+    @property
+    def codebook_rows(self) -> int:
+        """Of the codebook whose rows diffusion_blocks noises; 0 where it noises something else."""
+        if self.model.family == "vit":
+            return self.image_model.num_classes
+        return self.text_model.vocab_size if self.model.family in ("ar", "recurrent") else 0
+
+    @property
+    def tokens_per_example(self) -> int:
+        """Of an image, its patches."""
+        return self.image_model.num_patches if isinstance(self.model, ModelSpec) else self.text.length
 
     def layers_of(self, block: int) -> range:
         """The layers of ``block``: consecutive, the earlier blocks one longer where it does not divide."""
@@ -402,6 +493,9 @@ _TABLES = {f.name: typing.get_type_hints(Spec)[f.name] for f in dataclasses.fiel
 _FAMILIES: dict[str, tuple[type, type]] = {
     "vit": (ModelSpec, DataSpec),
     "dit": (ModelSpec, DataSpec),
+    "masked": (TextModelSpec, TextSpec),
+    "ar": (TextModelSpec, TextSpec),
+    "recurrent": (TextModelSpec, TextSpec),
     "llama": (LanguageModelSpec, TextSpec),
     "gpt2": (LanguageModelSpec, TextSpec),
     "stack": (StackSpec, StackDataSpec),
@@ -470,8 +564,8 @@ def _checked(dotted: str, value: Any, hint: Any) -> Any:
         _require(good, f"{dotted} is {value!r}", "It must be a list of names.")
         return tuple(value)
     if typing.get_origin(hint) is tuple:
-        good = isinstance(value, (list, tuple)) and all(type(item) is int and item > 0 for item in value)
-        _require(good and len(value) in (0, 3), f"{dotted} is {value!r}", "It must be [channels, height, width].")
+        good = isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value)
+        _require(good, f"{dotted} is {value!r}", "It must be a list of numbers.")
         return tuple(value)
     if hint is float and type(value) is int:
         value = float(value)

@@ -36,6 +36,8 @@ class Stack:
         stem: ``stem(input)`` -> hidden, or (hidden, {name: context}), whose tensors every block is given too. Without
             one the input is the first hidden state.
         head: ``head(hidden)`` -> output. Without one that is the last hidden state.
+        order: which block runs when, as in [0, 1, 1, 1, 2]: one that runs again has the same weights. Without one each
+            runs once.
 
     Raises:
         BadInput: something is none of these.
@@ -46,6 +48,7 @@ class Stack:
     data: Any
     stem: Factory | None = None
     head: Factory | None = None
+    order: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Sequence) or not self.blocks:
@@ -60,6 +63,11 @@ class Stack:
                 )
             if not callable(part):
                 raise BadInput(f"{name} is {part!r}, which makes no module", "Give a function without arguments.")
+        if self.order and sorted(set(self.order)) != list(range(len(self.blocks))):
+            raise BadInput(
+                f"order is {list(self.order)}, and there are {len(self.blocks)} blocks",
+                f"Let it hold each of 0 to {len(self.blocks) - 1} at least once.",
+            )
         if not callable(self.loss):
             raise BadInput(f"loss is {self.loss!r}, which is no function", "loss=lambda output, target: ...")
         if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):

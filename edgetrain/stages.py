@@ -1,9 +1,9 @@
 """Which stages a spec has, who trains them, and what is committed together. No torch here.
 
 The exact objective trains all that it trains together: its stages are one commit group. With diffusion_blocks a block
-is visited with its stem, its layers, its head and, of a classifier, the codebook. Private stages belong to one block,
-shared ones are trained by every visit, frozen ones by none. Blocks that share nothing are a commit group each, so that
-one can be trained on a machine of its own; as soon as anything is shared, all trained stages form one group.
+is visited with its stem, its layers, its head and, where rows of one are noised, the codebook. Private stages belong to
+one block, shared ones are trained by every visit, frozen ones by none. Blocks that share nothing are a commit group
+each, so that one can be trained on a machine of its own; as soon as anything is shared, all trained stages form one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgetrain.spec import LanguageModelSpec, Sharing, Spec, StackSpec
+from edgetrain.spec import LanguageModelSpec, Sharing, Spec, StackSpec, TextModelSpec
 from edgetrain.store.layout import StageLayout, TensorSpec
 
 Shapes = Mapping[str, Mapping[str, Sequence[int]]]
@@ -21,6 +21,7 @@ SHARED_GROUP = "all"
 EXACT_GROUP = "model"
 
 _CHUNK_BYTES = 8 << 20
+_USE_BITS = 32  # more than stages have indices
 _INDICES_OF_TABLE = 1 << 20  # more than a model has layers, or a table stages
 
 
@@ -63,6 +64,9 @@ class ExactStages:
     A language model looks its tokens up in the table ``embedding`` (vocab_size, width) before the stem, and after the
     head multiplies with the table ``output``, the same where they are tied. These are never resident as a whole: each
     is cut into stages of ``rows_of_chunk`` rows. Without them the head makes the loss.
+
+    A unit may stand several times among ``layers``: it runs as often, with the same weights. Gradients flow from the
+    last layer back to number ``backprop_from``; what all layers read has gradients of these alone.
     """
 
     stem: Unit
@@ -70,6 +74,17 @@ class ExactStages:
     head: Unit
     embedding: tuple[Unit, ...] = ()
     output: tuple[Unit, ...] = ()
+    backprop_from: int = 0
+
+    def random_index(self, position: int) -> int:
+        """The index that keys what a layer draws at random: that of its stage, another one each time that it runs."""
+        unit = self.layers[position]
+        return unit.stages[-1].index + (self.layers[:position].count(unit) << _USE_BITS)
+
+    @property
+    def is_looped(self) -> bool:
+        """Whether a layer runs more than once."""
+        return len(set(self.layers)) < len(self.layers)
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -121,7 +136,14 @@ def exact_stages(spec: Spec) -> ExactStages:
     if isinstance(model, LanguageModelSpec):
         embedding = table("embedding", 1, everything and exact.embedding)
         output = embedding if model.tied else table("output", 2, everything)
-    return ExactStages(Unit("stem", stem), tuple(map(layer, range(depth))), Unit("head", head), embedding, output)
+    layers, backprop_from = tuple(map(layer, range(depth))), 0
+    if isinstance(model, StackSpec) and model.order:
+        layers = tuple(layers[number] for number in model.order)
+    if isinstance(model, TextModelSpec) and model.family == "recurrent":
+        core = (Unit("adapter", (stage("adapter", "adapter", 3 + depth, everything),)), *layers)
+        layers = core * model.loops
+        backprop_from = len(core) * (model.loops - model.backprop_loops) if model.backprop_loops else 0
+    return ExactStages(Unit("stem", stem), layers, Unit("head", head), embedding, output, backprop_from)
 
 
 def stages_of_block(spec: Spec, block: int) -> list[Stage]:
@@ -137,10 +159,12 @@ def stages_of_block(spec: Spec, block: int) -> list[Stage]:
     own_stem = block if method.stem == "private" else 0
     own_head = block if method.head == "private" else 0
     first_layer = 1 + 2 * spec.num_blocks
-    codebook = [stage("codebook", method.codebook, 0)] if spec.model.family == "vit" else []
+    codebook = [stage("codebook", method.codebook, 0)] if spec.model.family in ("vit", "ar", "recurrent") else []
+    adapter = [stage("adapter", "private", first_layer + spec.model.depth)] if spec.model.family == "recurrent" else []
     return [
         *codebook,
         stage("stem", method.stem, 1 + own_stem),
+        *adapter,
         *(stage("layer", "private", first_layer + layer, f"{layer:03d}") for layer in spec.layers_of(block)),
         stage("head", method.head, 1 + spec.num_blocks + own_head),
     ]

@@ -100,6 +100,8 @@ class StreamedTrainer(Trainer):
         trains = [bool(self.stages.embedding and self.stages.embedding[0].trained) or self.stages.stem.trained]
         trains += [unit.trained for unit in self.stages.layers]
         self._first_trained = trains.index(True) - 1 if True in trains else len(self.stages.layers)
+        # What enters this one has no gradient.
+        self._first_differentiated = max(self._first_trained, self.stages.backprop_from or -1)
 
     # -------------------------------------------------------------------------------------------- the engine's calls
 
@@ -242,10 +244,10 @@ class StreamedTrainer(Trainer):
         for position, unit in enumerate(self.stages.layers):
             _, module = self._hold(unit)
             self._ahead(self.stages.layers[position + 1 :] or self.stages.output or [self.stages.head])
-            again = differentiates and position >= self._first_trained
-            policy = self._policy(unit) if again else None
+            again = differentiates and position >= self._first_differentiated
+            policy = self._policy(position) if again else None
             for number, (first, _) in enumerate(batches):
-                self.network.prepare(module, unit.stages[-1].index, step, first)
+                self.network.prepare(module, self.stages.random_index(position), step, first)
                 outputs = self._run(module, position, number, policy)
                 if not again:
                     self._boundaries.drop(("x", position, number))
@@ -254,11 +256,11 @@ class StreamedTrainer(Trainer):
                     self._lighten(self._runs[position, number])
         return self._head(step, batches, differentiates)
 
-    def _policy(self, unit: Unit) -> Activations | None:
+    def _policy(self, position: int) -> Activations | None:
         """What becomes of what autograd saves of a layer; None: it runs again in the backward pass."""
         if not self._keeping:
             return None
-        if unit in self._kept:
+        if position >= len(self.stages.layers) - self.choice.kept_layers:
             return Keep()
         return self._offload if self.choice.activations == "offload" else None
 
@@ -267,7 +269,7 @@ class StreamedTrainer(Trainer):
 
     @property
     def _kept(self) -> Sequence[Unit]:
-        return self.stages.layers[len(self.stages.layers) - self.choice.kept_layers :]
+        return list(dict.fromkeys(self.stages.layers[len(self.stages.layers) - self.choice.kept_layers :]))
 
     def _run(self, module: nn.Module, position: int, number: int, policy: Activations | None) -> Mapping[str, Tensor]:
         """A layer's outputs on a micro-batch; with a policy the history stays in ``_runs``."""
@@ -287,15 +289,12 @@ class StreamedTrainer(Trainer):
                 tensor.data = tensor.new_empty(1).expand(tensor.shape)
 
     def _differentiable(self, module: nn.Module, position: int, number: int, policy: Activations) -> _Run:
-        wants_input = position > self._first_trained
+        wants_input = position > self._first_differentiated
         carried = {
             name: tensor.requires_grad_(wants_input and tensor.is_floating_point())
             for name, tensor in self._leaves(self._boundaries.get(("x", position, number))).items()
         }
-        context = {
-            name: tensor.requires_grad_(wants_input and tensor.is_floating_point())
-            for name, tensor in self._leaves(self._context(number)).items()
-        }
+        context = self._context_leaves(number, position > self._first_trained)
         outputs = policy.run(lambda boundary: self.network.layer(module, boundary), Boundary(carried, context))
         return _Run(carried, context, outputs.carried)
 
@@ -337,9 +336,9 @@ class StreamedTrainer(Trainer):
             self._boundaries.drop(("x", last, number))
         return total
 
-    def _context_leaves(self, number: int, differentiates: bool) -> dict[str, Tensor]:
+    def _context_leaves(self, number: int, wants_gradient: bool) -> dict[str, Tensor]:
         return {
-            name: tensor.requires_grad_(differentiates and tensor.is_floating_point())
+            name: tensor.requires_grad_(wants_gradient and tensor.is_floating_point())
             for name, tensor in self._leaves(self._context(number)).items()
         }
 
@@ -379,16 +378,19 @@ class StreamedTrainer(Trainer):
             self._output_backward(step, batches)
         elif self.stages.head.trained:
             self._finish(self.stages.head)
-        for position in range(last - 1, self._first_trained - 1, -1):
-            if position < 0:
-                break
+        lowest = max(0, self._first_differentiated)
+        used = self.stages.layers[lowest:]
+        for position in range(last - 1, lowest - 1, -1):
             unit = self.stages.layers[position]
+            earlier, later = used[: position - lowest], used[position - lowest + 1 :]
             resident, module = self._hold(unit)
             self._ahead(self.stages.layers[position - 1 : position] if position else [self.stages.stem])
-            if unit.trained:
+            if unit.trained and unit in later:
+                self._spill.take(unit.stages[0].name, resident.gradients)
+            elif unit.trained:
                 resident.flat_gradient().zero_()
             for number, (first, _) in enumerate(batches):
-                self.network.prepare(module, unit.stages[-1].index, step, first)
+                self.network.prepare(module, self.stages.random_index(position), step, first)
                 run = self._runs.pop((position, number), None)
                 if run is None:
                     run = self._differentiable(module, position, number, Keep())
@@ -397,7 +399,9 @@ class StreamedTrainer(Trainer):
                 del gradients
                 self._collect(number, run.carried, run.context)
                 self._boundaries.drop(("x", position, number))
-            if unit.trained:
+            if unit.trained and unit in earlier:
+                self._spill.put(unit.stages[0].name, resident.gradients, resident.gradient_bytes)
+            elif unit.trained:
                 self._finish(unit)
         if self._first_trained < 0:
             self._stem_backward(step, batches)

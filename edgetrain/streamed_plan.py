@@ -188,7 +188,9 @@ class _Sizes:
         self.trained_bytes, self.frozen_bytes = sum(self._trained.values()), sum(self._frozen.values())
         trains = [unit.trained for unit in self.stages.layers]
         below = self.stages.stem.trained or any(unit.trained for unit in self.stages.embedding)
-        self.first_trained = 0 if below else trains.index(True) if True in trains else len(trains)
+        first_trained = 0 if below else trains.index(True) if True in trains else len(trains)
+        self.first_differentiated = max(first_trained, self.stages.backprop_from)
+        self._uses = Counter(self.stages.layers)
 
     def _layouts(self, units: Iterable[Unit]) -> list[list[StageLayout]]:
         """Those of each sort of unit."""
@@ -233,12 +235,12 @@ class _Sizes:
         owners = {"runtime": probe.runtime_bytes, **self.buffers(choice.resident, choice.kept_layers)}
         owners["activations"] = round(_bytes_at(probe.step_bytes, n))
         # Below the first that trains, a layer is not differentiated: nothing of it is kept.
-        kept = self.stages.layers[max(self.first_trained, len(self.stages.layers) - choice.kept_layers) :]
+        kept = self.stages.layers[max(self.first_differentiated, len(self.stages.layers) - choice.kept_layers) :]
         parts = -(-batch // n)
         owners["kept"] = round(self._saved_bytes(kept, n) * parts)
         if choice.boundaries == "memory":
             # What a kept layer saved is a boundary already.
-            layers = max(0, len(self.stages.layers) - len(kept) - self.first_trained)
+            layers = max(0, len(self.stages.layers) - len(kept) - self.first_differentiated)
             between = probe.boundary_bytes * (layers + _OTHER_BOUNDARIES) + 2 * probe.context_bytes
             owners["boundaries"] = batch * between
             owners["kept"] = max(0, owners["kept"] - len(kept) * batch * probe.boundary_bytes)
@@ -257,8 +259,10 @@ class _Sizes:
 
     @property
     def _spilled_bytes(self) -> int:
-        """Gradients that wait for others: those of a tied table for the embedding's, or of all for their norm."""
+        """Gradients that wait for others: of a tied table for the embedding's, of a layer for its earlier uses', or of
+        all for their norm."""
         tied = sum(self._trained[unit] for unit in self.stages.embedding) if self._tied_trained else 0
+        tied += sum(self._trained[unit] for unit, uses in self._uses.items() if uses > 1)
         return tied + (self.trained_bytes if self.spec.optimizer.clip_over == "global" else 0)
 
     @property
@@ -292,8 +296,11 @@ class _Sizes:
         if self.stages.output:
             policies = {"keep", choice.logits}
             total += len(self.stages.output) * max(_seconds_at(probe.chunk_s[policy], n) for policy in policies)
-        # Weights are read forward and backward and written, moments are read and written.
+        # Weights are read forward and backward, at each use, and written; moments are read and written.
         moved = 0 if choice.resident else 7 * self.trained_bytes + 2 * self.frozen_bytes
+        moved += 0 if choice.resident else sum(
+            2 * (uses - 1) * (self._trained[unit] + self._frozen[unit]) for unit, uses in self._uses.items()
+        )  # fmt: skip
         if choice.keeps_freed:
             total *= _WITHOUT_FAULTS
         return total * parts + (moved + self.scratch_bytes(choice)) / CACHED_BYTES_PER_S
@@ -307,11 +314,14 @@ class _Sizes:
             # The context once, its gradients once a layer.
             total += batch * (2 * probe.boundary_bytes + probe.context_bytes) * (len(layers) + 2)
         if choice.activations == "offload":
-            moved = layers[self.first_trained : len(layers) - choice.kept_layers]
+            moved = layers[self.first_differentiated : len(layers) - choice.kept_layers]
             total += round(self._saved_bytes(moved, n) * batch / n)
         if choice.logits == "offload":
             total += batch * self._logits_bytes
-        return total if choice.resident else total + self._spilled_bytes
+        if choice.resident:
+            return total
+        again = sum(max(0, uses - 2) * self._trained[unit] for unit, uses in self._uses.items())
+        return total + self._spilled_bytes + again
 
     def written_bytes(self, choice: StreamedChoice, seconds: float) -> int:
         """Written to the slots in a step: all that trains, with its moments; where it is resident, at commits alone."""

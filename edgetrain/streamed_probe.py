@@ -154,7 +154,7 @@ class _Measurement:
         tied = self.stages.output == self.stages.embedding
         output = self.stages.output[:chunks]
         embedding = output if tied else self.stages.embedding[:1]
-        return replace(self.stages, layers=tuple(layers), embedding=embedding, output=output)
+        return replace(self.stages, layers=tuple(layers), embedding=embedding, output=output, backprop_from=0)
 
     def _outside_of_layers(self, n: int) -> tuple[float, dict[str, float]]:
         """Seconds of stem and head; and of a chunk of the output table, by what becomes of its logits."""

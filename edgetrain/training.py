@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from devices import meter
 from edgetrain.plan import Choice, Plan, Probe
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, ModelSpec, Spec, StackSpec
+from edgetrain.spec import LanguageModelSpec, ModelSpec, Spec, StackSpec, TextModelSpec
 from edgetrain.stages import Stage, group_of_block
 from edgetrain.store.layout import TensorSpec
 from edgetrain.streamed_plan import StreamedProbe
@@ -70,6 +70,7 @@ def create(
     from edgetrain.models import build_family, build_network
     from edgetrain.objectives.diffusion_blocks import codebook_rows
     from edgetrain.randomness import Purpose, Stream, normal
+    from edgetrain.vocabulary import put_tokenizer
 
     if isinstance(spec.model, StackSpec):
         from edgetrain.models.stack import StackNetwork
@@ -87,7 +88,11 @@ def create(
             return [codebook_rows(normals)]
         return [made.initialise(stage.kind, tensor.name, normals)]
 
-    return Session.create(path, spec, probe.shapes, initial, class_names)
+    def prepare() -> None:
+        if isinstance(spec.model, TextModelSpec):
+            put_tokenizer(spec.model.tokenizer, path / "model")
+
+    return Session.create(path, spec, probe.shapes, initial, class_names, prepare=prepare)
 
 
 def _trainer(session: Session, device: Device, plan: Plan, dataset: Any) -> Trainer:
@@ -103,7 +108,7 @@ def _trainer(session: Session, device: Device, plan: Plan, dataset: Any) -> Trai
     from edgetrain.models import build_network
     from edgetrain.streamed import StreamedTrainer
 
-    data = training_batches(spec, dataset) if isinstance(spec.model, ModelSpec) else dataset
+    data = training_batches(spec, dataset) if isinstance(spec.model, (ModelSpec, TextModelSpec)) else dataset
     network = build_network(spec, data)
     if isinstance(spec.model, StackSpec):
         from edgetrain.models.stack import StackNetwork, check_shapes
@@ -115,7 +120,7 @@ def _trainer(session: Session, device: Device, plan: Plan, dataset: Any) -> Trai
 
 def _unit(spec: Spec) -> tuple[str, int]:
     """What a rate counts, and how many of it an example has."""
-    if isinstance(spec.model, LanguageModelSpec):
+    if isinstance(spec.model, (LanguageModelSpec, TextModelSpec)):
         return "tokens", spec.text.length
     return ("images" if isinstance(spec.model, ModelSpec) else "examples"), 1
 

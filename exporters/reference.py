@@ -97,15 +97,8 @@ class Model:
     def _build(self, stage: Stage) -> nn.Module:
         from edgetrain.objectives.diffusion_blocks import Codebook
 
-        match stage.kind:
-            case "codebook":
-                return Codebook(self._session.spec.image_model.num_classes, self._session.spec.image_model.width)
-            case "stem":
-                return self._family.build_stem()
-            case "layer":
-                return self._family.build_layer()
-            case _:
-                return self._family.build_head()
+        model = self._session.spec.image_model
+        return Codebook(model.num_classes, model.width) if stage.kind == "codebook" else self._family.build(stage.kind)
 
 
 def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: int | None) -> parity.Reference:
@@ -147,7 +140,7 @@ def _warm_up(spec: Spec) -> None:
     family = build_family(small)
     with torch.inference_mode():
         z, sigma = torch.ones(2, 8), torch.ones(2)
-        boundary = enter(small, family.build_stem(), torch.ones(2, 1, 2, 2), z, sigma)
-        read_out(small, family.build_head(), family.build_layer()(boundary), z, sigma)
+        boundary = enter(small, family.build("stem"), torch.ones(2, 1, 2, 2), z, sigma)
+        read_out(small, family.build("head"), family.build("layer")(boundary), z, sigma)
     with contextlib.suppress(RuntimeError):  # on purpose: the code of the error path takes pages too
         torch.empty(1 << 56, dtype=torch.uint8)

@@ -20,9 +20,10 @@ from edgetrain.engine import Engine, Step
 from edgetrain.importing import language_shapes
 from edgetrain.models import build_network
 from edgetrain.models.base import Network
+from edgetrain.objectives.base import training_batches
 from edgetrain.plan import StreamedChoice
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, Spec, resolve
+from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec, resolve
 from edgetrain.stages import EXACT_GROUP, Stage, exact_stages
 from edgetrain.store import Place
 from edgetrain.store.layout import TensorSpec
@@ -44,8 +45,11 @@ _QWEN3 = _LLAMA | {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "head_di
 _VIT = {
     "family": "vit", "width": 32, "depth": 3, "heads": 2, "patch": 2, "image_shape": [1, 8, 8], "num_classes": 10,
 }  # fmt: skip
+_TEXT = {"vocab_size": 50, "width": 32, "depth": 3, "heads": 2, "mlp_ratio": 2}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA, "gpt2": _GPT2, "qwen3": _QWEN3, "vit": _VIT, "dit": _VIT | {"family": "dit"},
+    "ar": _TEXT | {"family": "ar"}, "masked": _TEXT | {"family": "masked"},
+    "recurrent": _TEXT | {"family": "recurrent", "depth": 2, "loops": 3},
 }  # fmt: skip
 
 
@@ -74,7 +78,7 @@ class Tokens:
     def __init__(self, spec: Spec, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         length = spec.text.length
-        self.tokens = random.integers(0, spec.language.vocab_size, (self.num_examples, length + 1))
+        self.tokens = random.integers(0, spec.model.vocab_size, (self.num_examples, length + 1))
         self.weights = (random.random((self.num_examples, length)) < 0.8).astype(np.float32)
 
     def read(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
@@ -104,6 +108,8 @@ def images(spec: Spec) -> Any:
 
 
 def data_of(spec: Spec) -> Any:
+    if isinstance(spec.model, TextModelSpec):
+        return training_batches(spec, Tokens(spec))
     return Tokens(spec) if isinstance(spec.model, LanguageModelSpec) else images(spec)
 
 

@@ -59,7 +59,7 @@ def new_session(path: Path, spec: Spec) -> Session:
     block = build_modules(spec, build_family(spec), 0)
     kinds = {"codebook": block.codebook, "stem": block.stem, "layer": block.layers[0], "head": block.head}
     shapes = {k: {n: list(p.shape) for n, p in m.named_parameters()} for k, m in kinds.items() if m is not None}
-    return create(path, spec, Probe(shapes, None, 0, 0, {}, {}))
+    return create(path, spec, Probe(shapes, None, 0, 0, {}, {}, None))
 
 
 @dataclass

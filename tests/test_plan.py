@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -44,11 +45,26 @@ def measured(**changes: Any) -> dict[str, Any]:
         "runtime_bytes": 250 * MIB,
         "step_bytes": {kind: {"points": rows(MIB * of), "bounds": [None] * 3} for kind, of in curves.items()},
         "step_s": {kind: rows(0.001 * of) for kind, of in times.items()},
+        "heap": None,
     } | changes
 
 
 def plan_of(budget_mib: int, spec: Spec | None = None, **how: Any) -> planning.Plan:
     return make_plan(spec or spec_of(), Probe.from_json(measured()), budget_mib * MIB, 1, **how)
+
+
+def test_freed_memory_is_kept_where_the_budget_has_room_for_its_holes():
+    def planned(budget_mib: int, heap: list[float] | None) -> planning.Plan:
+        return make_plan(spec_of(), Probe.from_json(measured(heap=heap)), budget_mib * MIB, 1)
+
+    roomy, without = planned(4000, [1.2, 0.7]), planned(4000, None)
+    assert roomy.choice.keeps_freed and not without.choice.keeps_freed
+    assert roomy.owners["holes"] > 0.2 * roomy.owners["activations"]
+    assert roomy.step_s < without.step_s
+    assert "freed memory used again" in roomy.choice.describe()
+    tight = planned(math.ceil(without.smallest_budget_bytes / MIB), [1.9, 0.7])
+    assert tight.owners.get("holes", 0) < 2 * MIB
+    assert tight.smallest_budget_bytes == without.smallest_budget_bytes
 
 
 def test_a_curve_goes_through_its_points_and_on_by_the_steepest_line():

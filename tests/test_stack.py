@@ -33,6 +33,7 @@ from edgetrain.plan import StreamedChoice
 from edgetrain.session import Session
 from edgetrain.spec import Spec
 from edgetrain.stack import Stack, load_stack, source_hash
+from edgetrain.stages import exact_stages
 from edgetrain.training import create
 from tests.language_models import advance
 from tests.test_cli import Workplace
@@ -123,10 +124,14 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------ exact
 
 
-@pytest.mark.parametrize("micro_batch", [BATCH, 4])
-def test_it_trains_as_pytorch_does(tmp_path: Path, micro_batch: int) -> None:
-    """Context, constants, weight decay and micro-batches that do not divide the batch included."""
-    made = stack()
+LOOPED = [*range(DEPTH), 1, 1, 0]
+
+
+@pytest.mark.parametrize(("micro_batch", "order"), [(BATCH, []), (4, []), (4, LOOPED)])
+def test_it_trains_as_pytorch_does(tmp_path: Path, micro_batch: int, order: list[int]) -> None:
+    """Context, constants, weight decay, blocks that run again and micro-batches that do not divide the batch
+    included."""
+    made = stack(order=order)
     spec = new_session(tmp_path / "s", made).spec
     model = whole(made)
     model.load_state_dict(weights_of(tmp_path / "s", made))
@@ -143,8 +148,8 @@ def test_it_trains_as_pytorch_does(tmp_path: Path, micro_batch: int) -> None:
         pairs = [made.data[i] for i in indices_of(spec.train.seed, 0, numbers, len(made.data)).tolist()]
         x, y = torch.stack([x for x, _ in pairs]).float(), torch.tensor([int(y) for _, y in pairs])
         hidden, context = model["stem"](x)
-        for block in model["blocks"]:
-            hidden = block(hidden, **context)
+        for number in order or range(DEPTH):
+            hidden = model["blocks"][number](hidden, **context)
         optimizer.zero_grad()
         F.cross_entropy(model["head"](hidden), y).backward()
         optimizer.step()
@@ -165,12 +170,14 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_no_choice_changes_a_bit(tmp_path: Path, device: str, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dropout", "order"), [(0.0, []), (0.4, []), (0.4, LOOPED)])
+def test_no_choice_changes_a_bit(
+    tmp_path: Path, device: str, dropout: float, order: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With dropout, and examples that draw random numbers, each read several times."""
     for module in (edgetrain.activations, edgetrain.streamed):
         monkeypatch.setattr(module, "SMALLEST_OFFLOADED_BYTES", 64)
-    made = stack(dropout, noise=0.5)
+    made = stack(dropout, noise=0.5, order=order)
     done = []
     for number, choice in enumerate(CHOICES):
         new_session(tmp_path / str(number), made, train__steps=2)
@@ -207,6 +214,20 @@ def test_masks_differ_by_step_block_and_micro_batch() -> None:
         assert torch.equal(first, drop(torch.ones(64)))
         seen.add(tuple(first.tolist()))
     assert len(seen) == 8
+
+
+def test_a_block_that_runs_again_draws_anew() -> None:
+    made = stack(0.5, order=LOOPED)
+    stages = exact_stages(spec_for(made))
+    assert len(stages.layers) == len(LOOPED)
+    assert len(stages.units) == DEPTH + 2
+    assert len({stages.random_index(position) for position in range(len(LOOPED))}) == len(LOOPED)
+
+
+@pytest.mark.parametrize("order", [[0], [*range(DEPTH), DEPTH], [-1, *range(DEPTH)]])
+def test_an_order_runs_every_block_there_is(order: list[int]) -> None:
+    with pytest.raises(BadInput, match="order is"):
+        stack(order=order)
 
 
 @pytest.mark.parametrize("left_out", ["stem", "head", "both"])

@@ -67,6 +67,13 @@ SPECS: dict[str, tuple[Spec, str | None]] = {
     "bf16 untied": (make_spec("gpt2", exact__weights="bf16", model__tied=False), None),
     "vit": (make_spec("vit"), None),
     "dit": (make_spec("dit"), None),
+    "ar": (make_spec("ar"), None),
+    "masked": (make_spec("masked"), None),
+    "recurrent": (make_spec("recurrent"), None),
+    "recurrent, back through two loops": (make_spec("recurrent", model__backprop_loops=2), None),
+    "recurrent clipped as a whole": (
+        make_spec("recurrent", optimizer__clip=0.01, optimizer__clip_over="global", model__backprop_loops=1), None,
+    ),
     "vit last": (make_spec("vit", exact__train="last"), None),
     "clipped layers": (make_spec(optimizer__clip=0.03), None),
     "clipped as a whole": (make_spec(optimizer__clip=0.03, optimizer__clip_over="global"), None),
@@ -78,7 +85,7 @@ SPECS: dict[str, tuple[Spec, str | None]] = {
 
 MICRO_BATCH = 2  # of 3: the last one is smaller
 PLAIN = StreamedChoice(MICRO_BATCH)
-WITH_ALL = ("llama tied", "vit")
+WITH_ALL = ("llama tied", "vit", "recurrent, back through two loops")
 
 
 def choices(depth: int) -> list[tuple[StreamedChoice, str]]:
@@ -113,7 +120,7 @@ def trained(folder: Path, name: str, choice: StreamedChoice, device: str = "cpu"
 def test_no_choice_changes_a_bit(name: str, thoroughly: bool, tmp_path: Path) -> None:
     expected = trained(tmp_path, name, PLAIN)
     assert None not in expected.losses
-    every = choices(SPECS[name][0].model.depth)
+    every = choices(len(exact_stages(SPECS[name][0]).layers))
     number = list(SPECS).index(name) % len(every)
     for choice, device in every if thoroughly else every[number : number + 1]:
         found = trained(tmp_path, name, choice, device)
@@ -140,10 +147,12 @@ def test_what_is_moved_is_not_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama tied", "gpt2", "vit", "dit", "lora dropout", "bf16 clipped as a whole"])
+@pytest.mark.parametrize(
+    "name", ["llama tied", "gpt2", "vit", "dit", "recurrent", "lora dropout", "bf16 clipped as a whole"]
+)
 def test_no_combination_of_choices_changes_a_bit(name: str, tmp_path: Path) -> None:
     expected = trained(tmp_path, name, PLAIN)
-    depth = SPECS[name][0].model.depth
+    depth = len(exact_stages(SPECS[name][0]).layers)
     everything = itertools.product(
         ("recompute", "offload"), range(depth + 1), (False, True), ("memory", "moved"),
         ("keep", "recompute", "offload"), ("cpu", "emulated"),
@@ -252,7 +261,9 @@ class Whole:
         if self.stages.embedding:
             batch["embedded"] = F.embedding(batch["tokens"], self.table(self.stages.embedding))
         boundary = self.network.enter(self.modules[self.stages.stem], batch)
-        for unit in self.stages.layers:
+        for position, unit in enumerate(self.stages.layers):
+            if position and position == self.stages.backprop_from:
+                boundary = boundary.advance({name: tensor.detach() for name, tensor in boundary.carried.items()})
             self.network.prepare(self.modules[unit], unit.stages[-1].index, 0, first)
             boundary = self.network.layer(self.modules[unit], boundary)
         return self.network.head(self.modules[self.stages.head], boundary, batch), batch, boundary
@@ -269,7 +280,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 TRUE = {
     name: dataclasses.replace(SPECS[name][0], optimizer=OptimizerSpec(clip=1e9))
     for name in ("llama tied", "llama untied", "gpt2", "qwen3", "lora", "lora dropout", "vit", "dit", "last layers",
-                 "frozen embedding", "frozen embedding, own output")
+                 "frozen embedding", "frozen embedding, own output", "ar", "masked", "recurrent",
+                 "recurrent, back through two loops")
 }  # fmt: skip
 
 

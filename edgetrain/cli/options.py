@@ -103,18 +103,18 @@ def open_training_data(spec: Spec, session: Session) -> tuple[Spec, Any]:
         UsageError: the spec names no data.
         BadInput, DiskError: as ``open_dataset`` and ``open_text``.
     """
-    from edgetrain.spec import LanguageModelSpec, StackSpec
+    from edgetrain.spec import LanguageModelSpec, StackSpec, TextModelSpec
 
     if isinstance(spec.model, StackSpec):
         return spec, None  # its file imports torch: when the process is ready for it
-    if not isinstance(spec.model, LanguageModelSpec):
+    if not isinstance(spec.model, (LanguageModelSpec, TextModelSpec)):
         return open_data(spec, "train", session.scratch)
     from edgetrain.data.text import open_text
 
     if not spec.text.source:
         raise UsageError("this session has no data yet", "Name it: --data TEXT.txt, a folder of texts, or CHATS.jsonl.")
-    seed = spec.train.seed
-    dataset = open_text(spec.text, "train", session.model_files, spec.language.vocab_size, session.scratch, seed)
+    vocab_size, seed = spec.model.vocab_size, spec.train.seed
+    dataset = open_text(spec.text, "train", session.model_files, vocab_size, session.scratch, seed)
     if "tokenizers" in sys.modules:
         # It tokenised, in memory that training is to have: the process begins anew and finds the tokens.
         become(sys.orig_argv[1:])
@@ -131,6 +131,15 @@ def with_shapes(spec: Spec) -> tuple[Spec, tuple[str, ...]]:
 
     Before there is a session: nothing is left of the look.
     """
+    from edgetrain.spec import TextModelSpec
+    from edgetrain.vocabulary import vocabulary_size
+
+    if isinstance(spec.model, TextModelSpec):
+        if not spec.text.source:
+            raise UsageError(
+                "there is no text to train on", "Name it: --data TEXT.txt, a folder of texts, or a .jsonl."
+            )
+        return replace(spec, model=replace(spec.model, vocab_size=vocabulary_size(spec.model.tokenizer))), ()
     with temporary_folder() as scratch:
         spec, dataset = open_data(spec, "train", Path(scratch))
         return spec, dataset.class_names

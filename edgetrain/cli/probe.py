@@ -38,7 +38,7 @@ def probed(
     Nothing may be held that the end of a process would not release. If the budget is too small, the measurement is one
     with as much room as the budget that does: what a refusal names must hold.
     """
-    if spec.is_exact and _BEGAN_ANEW not in os.environ and (environment := without_block_cache(os.environ)):
+    if _BEGAN_ANEW not in os.environ and (environment := without_block_cache(os.environ)):
         become(sys.orig_argv[1:], {**environment, _BEGAN_ANEW: "1"})  # once, should the system drop the other one
     brought = json.loads(os.environ.pop(_RESULT, "null"))
     if brought is not None and brought["request"][:-1] == [to_toml(spec), device, num_threads]:

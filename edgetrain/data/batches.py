@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.data.base import Dataset
 from edgetrain.data.images import load_image
+from edgetrain.data.tokens import TextDataset
 from edgetrain.errors import UsageError
 from edgetrain.randomness import Purpose, Stream, permute, uniform
 
-__all__ = ["Augmentation", "batch", "indices_of", "load_image", "to_float"]
+__all__ = ["Augmentation", "TextBatches", "batch", "indices_of", "load_image", "to_float"]
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,33 @@ def _shifted(images: NDArray[np.uint8], corners: NDArray[np.int64], margin: int)
     padded = np.pad(images, ((0, 0), (0, 0), (margin, margin), (margin, margin)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[2:], axis=(2, 3))
     return windows[np.arange(len(images)), :, corners[:, 0], corners[:, 1]]  # (n, C, H, W)
+
+
+class TextBatches:
+    """Training batches of a text: a pure function of the counters.
+
+    Called with (stage, step, first, count): tokens, targets and weights of examples ``first`` .. ``first + count - 1``
+    of the step's batch, each (count, length). The weights, float32, sum to 1 over the whole batch, unless nothing
+    counts. ``stage`` has an order of its own.
+    """
+
+    def __init__(self, dataset: TextDataset, seed: int, batch_size: int) -> None:
+        self._dataset, self._seed, self._batch_size = dataset, seed, batch_size
+        self._total = lru_cache(maxsize=2)(self._weight_of_batch)
+
+    def _read(
+        self, stage: int, step: int, first: int, count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        numbers = step * self._batch_size + np.arange(first, first + count, dtype=np.int64)
+        return self._dataset.read(indices_of(self._seed, stage, numbers, self._dataset.num_examples))
+
+    def _weight_of_batch(self, stage: int, step: int) -> float:
+        _, _, weights = self._read(stage, step, 0, self._batch_size)
+        return float(weights.sum(dtype=np.float64))
+
+    def __call__(
+        self, stage: int, step: int, first: int, count: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        tokens, targets, weights = self._read(stage, step, first, count)
+        scale = 1.0 / max(1.0, self._total(stage, step))
+        return tokens, targets, (weights * scale).astype(np.float32)

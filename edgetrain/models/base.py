@@ -55,17 +55,12 @@ class Family(abc.ABC):
         self.spec = spec
 
     @abc.abstractmethod
-    def build_stem(self) -> nn.Module: ...
-
-    @abc.abstractmethod
-    def build_layer(self) -> Layer: ...
-
-    @abc.abstractmethod
-    def build_head(self) -> nn.Module: ...
+    def build(self, kind: str) -> nn.Module:
+        """The module of a stage: "stem", "head", or, a ``Layer``, "layer" or "adapter"."""
 
     @abc.abstractmethod
     def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Initial values of parameter ``name`` of a "stem", "layer" or "head", from unit normals of its shape."""
+        """Initial values of a stage's parameter ``name``, from unit normals of its shape."""
 
     @abc.abstractmethod
     def decays(self, name: str, shape: tuple[int, ...]) -> bool:

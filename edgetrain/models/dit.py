@@ -64,15 +64,11 @@ class Head(nn.Module):
 class DiT(Family):
     """Stages of the generator."""
 
-    def build_stem(self) -> Stem:
-        return Stem(self.spec.image_model)
-
-    def build_layer(self) -> ViTLayer:
+    def build(self, kind: str) -> nn.Module:
         model = self.spec.image_model
-        return ViTLayer(model.width, model.heads, model.mlp_ratio)
-
-    def build_head(self) -> Head:
-        return Head(self.spec.image_model)
+        if kind == "stem":
+            return Stem(model)
+        return Head(model) if kind == "head" else ViTLayer(model.width, model.heads, model.mlp_ratio)
 
     def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
         return initial_values(stage_kind, name, normal, self.spec.diffusion_blocks.gate)
@@ -146,9 +142,7 @@ class DenoisingNetwork(Network):
         return "images"
 
     def build(self, kind: str) -> nn.Module:
-        if kind == "stem":
-            return self.family.build_stem()
-        return self.family.build_head() if kind == "head" else self.family.build_layer()
+        return self.family.build(kind)
 
     def draw(self, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
         assert self.batches is not None

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetrain.adapters import lora_targets
-from edgetrain.data.batches import indices_of
+from edgetrain.data.batches import TextBatches
 from edgetrain.data.text import TextDataset
 from edgetrain.models import lora
 from edgetrain.models.attention import KeyValue
@@ -26,9 +24,10 @@ class LanguageNetwork(Network):
     """Llama, Mistral, Qwen2, Qwen3 and GPT-2. ``dataset`` may be None where nothing is drawn."""
 
     def __init__(self, spec: Spec, dataset: TextDataset | None) -> None:
-        self.spec, self.model, self.dataset = spec, spec.language, dataset
+        self.spec, self.model = spec, spec.language
         self.guess = math.log(max(2, self.model.vocab_size))
-        self._total_weight = lru_cache(maxsize=2)(self._weight_of_batch)
+        train = spec.train
+        self._batches = None if dataset is None else TextBatches(dataset, train.seed, train.batch_size)
 
     @property
     def examples(self) -> str:
@@ -46,25 +45,11 @@ class LanguageNetwork(Network):
             lora.wrap(layer, lora_targets(self.spec), exact.rank, exact.alpha, exact.dropout)
         return layer
 
-    def _read(self, step: int, first: int, count: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        assert self.dataset is not None
-        train = self.spec.train
-        numbers = step * train.batch_size + np.arange(first, first + count, dtype=np.int64)
-        return self.dataset.read(indices_of(train.seed, 0, numbers, self.dataset.num_examples))
-
-    def _weight_of_batch(self, step: int) -> float:
-        _, _, weights = self._read(step, 0, self.spec.train.batch_size)
-        return float(weights.sum(dtype=np.float64))
-
     def draw(self, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
         """tokens (n, length), and flat: targets (n * length,), weights (n * length,) that sum to 1 over the batch."""
-        tokens, targets, weights = self._read(step, first, count)
-        scale = 1.0 / max(1.0, self._total_weight(step))
-        return {
-            "tokens": tokens,
-            "targets": targets.reshape(-1),
-            "weights": (weights.reshape(-1) * scale).astype(np.float32),
-        }
+        assert self._batches is not None
+        tokens, targets, weights = self._batches(0, step, first, count)
+        return {"tokens": tokens, "targets": targets.reshape(-1), "weights": weights.reshape(-1)}
 
     def enter(self, stem: nn.Module, batch: Mapping[str, Tensor]) -> Boundary:
         embedded = batch["embedded"]

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from edgetrain.spec import LanguageModelSpec
+from edgetrain.spec import LanguageModelSpec, TextModelSpec
 
 Tables = tuple[Tensor, Tensor]
+Rotary = LanguageModelSpec | TextModelSpec
 
 
-def inverse_frequencies(model: LanguageModelSpec, device: torch.device | None = None) -> Tensor:
+def inverse_frequencies(model: Rotary, device: torch.device | None = None) -> Tensor:
     """theta_i (head_dim / 2), float32, in transformers' order of operations (arXiv 2104.09864, equation 15)."""
     exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
     frequencies = 1.0 / (model.rope_theta**exponents)
+    if isinstance(model, TextModelSpec):
+        return frequencies
     if model.rope_scaling == "linear":
         return frequencies / model.rope_factor
     if model.rope_scaling == "llama3":
@@ -41,7 +44,7 @@ def _llama3(model: LanguageModelSpec, frequencies: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
-def tables(model: LanguageModelSpec, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tables:
+def tables(model: Rotary, length: int, offset: int, dtype: torch.dtype, device: torch.device) -> Tables:
     """cos and sin of the angles at positions ``offset ... offset + length - 1``, each (length, 1, head_dim / 2).
 
     Angles are computed in float32 and rounded to ``dtype`` last, as transformers does.
@@ -76,7 +79,7 @@ class _Rotate(torch.autograd.Function):
         return _turn(gradient, cos, sin, -1), None, None
 
 
-def rotate(x: Tensor, model: LanguageModelSpec, offset: int) -> Tensor:
+def rotate(x: Tensor, model: Rotary, offset: int) -> Tensor:
     """x (n, tokens, heads, head_dim), the first token at position ``offset`` -> the same, rotated."""
     turned: Tensor = _Rotate.apply(x, *tables(model, x.shape[1], offset, x.dtype, x.device))
     return turned

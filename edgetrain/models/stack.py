@@ -42,7 +42,7 @@ _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 def describe(stack: Stack) -> StackSpec:
     """What a spec says of a stack. Builds its modules, one at a time."""
     stem, head = (bool(_parameters(kind, _skeleton(stack, kind, 0))) for kind in ("stem", "head"))
-    return StackSpec(depth=len(stack.blocks), stem=stem, head=head)
+    return StackSpec(depth=len(stack.blocks), order=tuple(stack.order), stem=stem, head=head)
 
 
 def spec_of(model: StackSpec, source: str, recipe: Mapping[str, Any], changes: Changes) -> Spec:
@@ -81,6 +81,8 @@ class StackNetwork(Network):
         self.depth = len(self.stack.blocks)
         if spec.model.depth != self.depth:
             raise UsageError(f"the stack has {self.depth} blocks, and the session {spec.model.depth}")
+        if spec.model.order != tuple(self.stack.order):
+            raise UsageError(f"the stack's order is {list(self.stack.order)}, and the session's {spec.model.order}")
         self._skeletons = {kind: _skeleton(self.stack, kind, self._seed(kind)) for kind in self.kinds}
         self._check_apart()
         self._share_constants()
@@ -106,9 +108,8 @@ class StackNetwork(Network):
                 has_own = next(part.parameters(recurse=False), None) is not None
                 if has_own and (other := owners.setdefault(id(part), kind)) != kind:
                     raise BadInput(
-                        f"{called(kind)} is made of the same {type(part).__name__} as {called(other)}: weights that "
-                        "are used twice are not supported",
-                        "Let each factory make modules of its own.",
+                        f"{called(kind)} is made of the same {type(part).__name__} as {called(other)}",
+                        "Let each factory make modules of its own, and name a block that runs again in order=[...].",
                     )
 
     def _share_constants(self) -> None:

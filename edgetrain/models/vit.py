@@ -21,7 +21,7 @@ from edgetrain.models.base import Boundary, Family, Layer, Network
 from edgetrain.noise import time_frequencies
 from edgetrain.spec import ModelSpec, Spec
 
-_NUM_FREQUENCIES = 32
+NUM_FREQUENCIES = 32
 _EPS = 1e-6
 # Positions must count beside patches of size 1: with the usual .02 the digits end 45 points lower after 400 steps.
 _POSITION_STD = 0.5
@@ -44,6 +44,14 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, channels * patch * patch)
 
 
+def embed_noise(c_noise: Tensor, time_in: nn.Linear, time_out: nn.Linear) -> Tensor:
+    """The embedding (n, width) of noise levels c_noise (n,)."""
+    angles = c_noise[:, None] * torch.tensor(time_frequencies(NUM_FREQUENCIES), device=c_noise.device)
+    features = torch.cat([angles.sin(), angles.cos()], dim=1)
+    embedded: Tensor = time_out(F.silu(time_in(features)))
+    return embedded
+
+
 class PatchStem(nn.Module):
     """Patches, positions, and the embedding of a noise level."""
 
@@ -53,7 +61,7 @@ class PatchStem(nn.Module):
         self.patch = model.patch
         self.patches = nn.Linear(model.image_shape[0] * model.patch * model.patch, width)
         self.positions = nn.Parameter(torch.empty(model.num_patches, width))
-        self.time_in = nn.Linear(2 * _NUM_FREQUENCIES, width)
+        self.time_in = nn.Linear(2 * NUM_FREQUENCIES, width)
         self.time_out = nn.Linear(width, width)
 
     def tokens_of(self, images: Tensor) -> Tensor:
@@ -62,9 +70,7 @@ class PatchStem(nn.Module):
 
     def embed_time(self, c_noise: Tensor) -> Tensor:
         """c_noise (n,) -> (n, width)."""
-        angles = c_noise[:, None] * torch.tensor(time_frequencies(_NUM_FREQUENCIES), device=c_noise.device)
-        features = torch.cat([angles.sin(), angles.cos()], dim=1)
-        return self.time_out(F.silu(self.time_in(features)))
+        return embed_noise(c_noise, self.time_in, self.time_out)
 
 
 class Stem(PatchStem):
@@ -206,16 +212,13 @@ def initial_values(stage_kind: str, name: str, normal: NDArray[np.float32], gate
 class ViT(Family):
     """Stages of the classifier."""
 
-    def build_stem(self) -> Stem:
-        return Stem(self.spec.image_model, self.spec.diffusion_blocks.streams)
-
-    def build_layer(self) -> ViTLayer:
-        model = self.spec.image_model
+    def build(self, kind: str) -> nn.Module:
+        model, method = self.spec.image_model, self.spec.diffusion_blocks
+        if kind == "stem":
+            return Stem(model, method.streams)
+        if kind == "head":
+            return Head(model.width, model.num_classes, method.auxiliary > 0)
         return ViTLayer(model.width, model.heads, model.mlp_ratio)
-
-    def build_head(self) -> Head:
-        model = self.spec.image_model
-        return Head(model.width, model.num_classes, self.spec.diffusion_blocks.auxiliary > 0)
 
     def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
         return initial_values(stage_kind, name, normal, self.spec.diffusion_blocks.gate)
@@ -239,7 +242,7 @@ class ClassifierNetwork(Network):
         model = self.spec.image_model
         if kind == "stem":
             return ClassifierStem(model.image_shape, model.patch, model.num_patches, model.width)
-        return Head(model.width, model.num_classes, False) if kind == "head" else self.family.build_layer()
+        return Head(model.width, model.num_classes, False) if kind == "head" else self.family.build(kind)
 
     def draw(self, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
         """images (n, C, H, W), labels (n,)."""

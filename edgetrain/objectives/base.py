@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from edgetrain.activations import Activations
 from edgetrain.data import Augmentation, Dataset, batch
+from edgetrain.data.batches import TextBatches
 from edgetrain.models.base import Layer
 from edgetrain.models.vit import Batches
-from edgetrain.spec import Spec
+from edgetrain.spec import Spec, TextModelSpec
 
 
 @dataclass(frozen=True)
 class Block:
-    """The modules of one block, bound to the weights that are resident now. ``codebook``: that of a classifier."""
+    """The modules of one block, bound to the weights that are resident now. ``codebook``: where its rows are noised."""
 
     index: int
     stem: nn.Module
@@ -33,7 +34,7 @@ class Block:
 
     @property
     def rows(self) -> Tensor:
-        """The codebook's unit rows (classes, width)."""
+        """The codebook's unit rows, (classes, width) or (vocab_size, width)."""
         assert self.codebook is not None
         rows: Tensor = self.codebook()
         return rows
@@ -56,8 +57,15 @@ class Objective(abc.ABC):
         """The summed loss of the examples divided by the whole batch size, so that micro-batches add up."""
 
 
-def training_batches(spec: Spec, dataset: Dataset) -> Batches:
-    """Reads a spec's training batches from a data set, in the spec's order and with its augmentation."""
+def training_batches(spec: Spec, dataset: Any) -> Any:
+    """Reads a spec's training batches from a data set of its kind, in the spec's order: ``Batches`` of images, with its
+    augmentation, or ``TextBatches``."""
+    if isinstance(spec.model, TextModelSpec):
+        return TextBatches(dataset, spec.train.seed, spec.train.batch_size)
+    return _image_batches(spec, dataset)
+
+
+def _image_batches(spec: Spec, dataset: Dataset) -> Batches:
     augmentation = Augmentation(spec.images.shift, spec.images.flip)
 
     def read(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:

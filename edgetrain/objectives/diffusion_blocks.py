@@ -1,13 +1,14 @@
 """Blocks trained alone by denoising (Shing et al., arXiv 2506.14202): no gradient crosses a block border.
 
-Of a classifier, what is noised is a unit row of a codebook, the embedding of the label; the loss is unweighted
-cross-entropy. Of a generator it is the image, and the loss EDM's weighted square error.
+Of a classifier, what is noised is a unit row of a codebook, the embedding of the label, and of a language model that of
+the next token; the loss is unweighted cross-entropy. Of a generator it is the image, and the loss EDM's weighted square
+error. In masked diffusion tokens are masked instead, and the loss is MD4's weighted cross-entropy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 
 from edgetrain import noise
 from edgetrain.activations import Activations
+from edgetrain.data.batches import TextBatches
 from edgetrain.models import dit
 from edgetrain.models.base import Boundary, network_input
+from edgetrain.models.masked import MaskedBatches, unmasking_loss
+from edgetrain.models.text import cross_entropy
 from edgetrain.models.vit import Batches
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.randomness import Purpose, Stream, normal, uniform
@@ -51,9 +55,13 @@ def codebook_rows(normals: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows.astype(np.float32)
 
 
-def diffusion_blocks(spec: Spec, batches: Batches) -> Objective:
-    """The objective for the spec's family."""
-    return DenoisedImages(spec, batches) if spec.model.family == "dit" else DenoisedLabels(spec, batches)
+def diffusion_blocks(spec: Spec, batches: Any) -> Objective:
+    """The objective for the spec's family, on ``training_batches`` of its data."""
+    objectives: dict[str, Callable[[Spec, Any], Objective]] = {
+        "vit": DenoisedLabels, "dit": DenoisedImages, "masked": UnmaskedTokens, "ar": DenoisedTokens,
+        "recurrent": DenoisedTokens,
+    }  # fmt: skip
+    return objectives[spec.model.family](spec, batches)
 
 
 class DenoisedLabels(Objective):
@@ -114,17 +122,76 @@ class DenoisedImages(Objective):
         return dit.weighted_error(self.spec, block.head(boundary), draw) / self.spec.train.batch_size
 
 
-def enter(spec: Spec, stem: nn.Module, images: Tensor, z: Tensor, sigma: Tensor) -> Boundary:
-    """The first boundary of a block: images (n, C, H, W), z (n, width), sigma (n,)."""
-    boundary: Boundary = stem(images, *network_input(z, sigma, spec.sigma_data))
+class DenoisedTokens(Objective):
+    """The objective for language models that predict the next token: each position has a noisy row of its target."""
+
+    def __init__(self, spec: Spec, batches: TextBatches) -> None:
+        self.spec, self.batches = spec, batches
+        self.schedule = spec.diffusion_blocks.noise
+
+    @property
+    def guess(self) -> float:
+        return math.log(max(2, self.spec.text_model.vocab_size))
+
+    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        """tokens, targets and weights (count, length), sigma (count,) and eps (count, length, width)."""
+        seed, width = self.spec.train.seed, self.spec.text_model.width
+        tokens, targets, weights = self.batches(block, step, first, count)
+        uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
+        eps = normal(Stream(seed, Purpose.NOISE, block, step), first, count, tokens.shape[1] * width)
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "weights": weights,
+            "sigma": np.array(self.schedule.draw(block, uniforms.tolist()), np.float32),
+            "eps": eps.reshape(*tokens.shape, width),
+        }
+
+    def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
+        method, sigma = self.spec.diffusion_blocks, draw["sigma"]
+        z = F.embedding(draw["targets"], block.rows) + sigma[:, None, None] * draw["eps"]
+        boundary = enter(self.spec, block.stem, draw["tokens"], z, sigma)
+        for layer in block.layers:
+            boundary = activations.run(layer, boundary)
+        logits = read_out(self.spec, block.head, boundary, z, sigma)
+        total = cross_entropy(logits, draw["targets"], draw["weights"])
+        if method.auxiliary:
+            total = total + method.auxiliary * block.head.auxiliary_loss(boundary, draw)  # type: ignore[operator]
+        return total
+
+
+class UnmaskedTokens(Objective):
+    """The objective for masked diffusion: each block unmasks at the t of its band."""
+
+    def __init__(self, spec: Spec, batches: TextBatches) -> None:
+        self.spec = spec
+        self.batches = MaskedBatches(spec, batches, spec.num_blocks)
+
+    @property
+    def guess(self) -> float:
+        return math.log(max(2, self.spec.text_model.vocab_size))
+
+    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        return self.batches.draw(block, step, first, count)
+
+    def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
+        boundary: Boundary = block.stem(draw["tokens"], draw["t"])
+        for layer in block.layers:
+            boundary = activations.run(layer, boundary)
+        return unmasking_loss(block.head, boundary, draw)
+
+
+def enter(spec: Spec, stem: nn.Module, given: Tensor, z: Tensor, sigma: Tensor) -> Boundary:
+    """The first boundary of a block: images (n, C, H, W) or tokens (n, length), z (n, ..., width), sigma (n,)."""
+    boundary: Boundary = stem(given, *network_input(z, sigma, spec.sigma_data))
     return boundary
 
 
 def read_out(spec: Spec, head: nn.Module, boundary: Boundary, z: Tensor, sigma: Tensor) -> Tensor:
-    """Logits (n, classes) of the last boundary: from D = c_skip z + c_out F with ``skip``, else from F."""
+    """Logits (n, ..., classes) of the last boundary: from D = c_skip z + c_out F with ``skip``, else from F."""
     output = head.network_output(boundary)  # type: ignore[operator]
     if spec.diffusion_blocks.skip:
-        c_skip, c_out, _ = noise.preconditioning(sigma, spec.sigma_data)
-        output = c_skip[:, None] * z + c_out[:, None] * output
+        c_skip, c_out, _ = (c.view(-1, *[1] * (z.ndim - 1)) for c in noise.preconditioning(sigma, spec.sigma_data))
+        output = c_skip * z + c_out * output
     logits: Tensor = head(output, boundary.context["condition"])
     return logits

@@ -53,7 +53,7 @@ def small_spec(changes: dict[str, Any] | None = None) -> Spec:
 def shapes_of(spec: Spec) -> dict[str, dict[str, list[int]]]:
     family = ViT(spec)
     with torch.device("meta"):
-        modules = {"stem": family.build_stem(), "layer": family.build_layer(), "head": family.build_head()}
+        modules = {kind: family.build(kind) for kind in ("stem", "layer", "head")}
     shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in modules.items()}
     return {"codebook": {"rows": [spec.model.num_classes, spec.model.width]}, **shapes}
 

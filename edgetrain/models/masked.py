@@ -1,0 +1,117 @@
+"""A language model that unmasks tokens in any order: masked diffusion (MD4, arXiv 2406.04329), in blocks or as a whole.
+
+A token of a text is masked with probability 1 - alpha(t) = t. The model sees the tokens that are left, on both sides,
+and says what the masked ones were. A bound on the text's negative log-likelihood is the mean over t in (0, 1] of
+1 / t times the summed cross-entropy of what is masked (its equation 4 for alpha(t) = 1 - t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgetrain.data.batches import TextBatches
+from edgetrain.models.base import Boundary
+from edgetrain.models.text import TextFamily, TextHead, TextNetwork, TextStem, TokenLayer, attend_to_all, cross_entropy
+from edgetrain.noise import masking_band
+from edgetrain.randomness import Purpose, Stream, uniform
+from edgetrain.spec import Spec, TextModelSpec
+
+# The noise embedding tells numbers between -1.6 and 1.6 apart.
+_TIME_SCALE = 1.5
+
+
+class Layer(TokenLayer):
+    """All tokens attend to all."""
+
+    def forward(self, boundary: Boundary) -> Boundary:
+        return boundary.advance(
+            {"tokens": self.stream(boundary.carried["tokens"], boundary.context["condition"], attend_to_all)}
+        )
+
+
+class Stem(TextStem):
+    """The last row of the embedding is that of a masked token."""
+
+    def __init__(self, model: TextModelSpec) -> None:
+        super().__init__(model, num_tokens=model.vocab_size + 1, is_timed=True, has_constant=False)
+
+    def forward(self, tokens: Tensor, t: Tensor) -> Boundary:
+        """tokens (n, length), some of them ``vocab_size``; t (n,)."""
+        c_noise = _TIME_SCALE * (2 * t - 1)
+        return Boundary({"tokens": self.embedded(tokens)}, {"condition": self.condition(c_noise)})
+
+
+class Masked(TextFamily):
+    """Stages of a block, and of the whole."""
+
+    def build(self, kind: str) -> nn.Module:
+        model = self.spec.text_model
+        if kind == "stem":
+            return Stem(model)
+        return TextHead(model) if kind == "head" else Layer(model)
+
+
+class MaskedBatches:
+    """What examples of a step are made of: a pure function of the counters."""
+
+    def __init__(self, spec: Spec, batches: TextBatches, num_blocks: int) -> None:
+        self.spec, self.batches, self.num_blocks = spec, batches, num_blocks
+
+    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        """tokens, some of them masked, and targets, what they were, (count, length); t (count,) in the block's band,
+        spread evenly over the batch; and the weights of targets (count, length), 1 / t where one is masked, over the
+        tokens of a batch."""
+        train = self.spec.train
+        targets, _, weights = self.batches(block, step, first, count)
+        counts = np.ones(targets.shape, bool)
+        counts[:, 1:] = weights[:, :-1] > 0  # what was no target is padding, or a prompt
+        low, high = masking_band(self.num_blocks, block)
+        offset = uniform(Stream(train.seed, Purpose.SIGMA, block, step), 0, 1)[0, 0]
+        place = (offset + np.arange(first, first + count) / train.batch_size) % 1.0
+        t = low + (high - low) * place
+        draws = uniform(Stream(train.seed, Purpose.NOISE, block, step), first, count, targets.shape[1])
+        is_masked = (draws < t[:, None]) & counts
+        return {
+            "tokens": np.where(is_masked, self.spec.text_model.vocab_size, targets),
+            "targets": targets,
+            "t": t.astype(np.float32),
+            "weights": (is_masked / (t[:, None] * train.batch_size * targets.shape[1])).astype(np.float32),
+        }
+
+
+class MaskedNetwork(TextNetwork):
+    """The same transformer trained as a whole, every layer at every t."""
+
+    def __init__(self, spec: Spec, batches: TextBatches | None) -> None:
+        super().__init__(spec, Masked(spec), batches)
+        self._batches = None if batches is None else MaskedBatches(spec, batches, 1)
+
+    def build(self, kind: str) -> nn.Module:
+        return self.family.build(kind)
+
+    def draw(self, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
+        assert self._batches is not None
+        return self._batches.draw(0, step, first, count)
+
+    def enter(self, stem: nn.Module, batch: Mapping[str, Tensor]) -> Boundary:
+        boundary: Boundary = stem(batch["tokens"], batch["t"])
+        return boundary
+
+    def logits(self, head: nn.Module, boundary: Boundary) -> Tensor:
+        return masked_logits(head, boundary)
+
+
+def masked_logits(head: nn.Module, boundary: Boundary) -> Tensor:
+    """(n, tokens, vocab_size)."""
+    logits: Tensor = head(boundary.carried["tokens"], boundary.context["condition"])
+    return logits
+
+
+def unmasking_loss(head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
+    """The micro-batch's part of the batch's bound, a token."""
+    return cross_entropy(masked_logits(head, boundary), batch["targets"], batch["weights"])
