@@ -174,6 +174,32 @@ def difference(a: Sequence[float], b: Sequence[float], digits: int) -> str:
     return f"{mean:+.{digits}f} ± {error:.{digits}f}"
 
 
+def split_text(source: Path, folder: Path) -> tuple[Path, Path]:
+    """The first nine tenths of a text, of which a training holds a twentieth out for choices, and the rest, to test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fit, test = folder / "fit.txt", folder / "test.txt"
+    if not test.exists():
+        text = source.read_text()
+        cut = text.index("\n", len(text) * 9 // 10) + 1
+        fit.write_text(text[:cut])
+        test.write_text(text[cut:])
+    return fit, test
+
+
+def text_scores(test: Path | None, threads: int, *more: str) -> Score:
+    """Bits a character of what was held out, or of another text; the numbers of runs of a core are told apart."""
+
+    def scored(folder: Path, session: Path) -> Scores:
+        data = [] if test is None else ["--data", str(test), "--split", "train"]
+        found = edgetrain(folder, "evaluate", str(session), *data, "--threads", str(threads), *more).require()
+        return {
+            row["readout"] + (f", {row['loops']} runs" if "loops" in row else ""): row["value"]
+            for row in found.value["results"]
+        }
+
+    return scored
+
+
 def quality_parser(description: str | None) -> argparse.ArgumentParser:
     """What every comparison takes."""
     made = parser(description)

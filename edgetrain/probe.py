@@ -19,6 +19,7 @@ from edgetrain.spec import Spec
 
 _SMALLEST_TENSOR_BYTES = 128 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
 _ALWAYS_MEASURED = 2  # layers, and micro-batches: the least that a line can be drawn through
+_LEAST_BYTES = 1 << 20  # of which holes are a part
 _REPEATS, _ENOUGH_S = 3, 0.1  # of a step: memory does not vary, the machine's mood does, least so in long steps
 
 
@@ -193,7 +194,7 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
             # Last: a heap that once was large stays so in part. Of what fitted last.
             (micro_batch, plain_bytes), (_, plain_s) = step_bytes["keep"][-1][-1], step_s["keep"][-1][-1]
             found = _from_heap(lambda: timed(policies["keep"], micro_batch), budget_bytes)
-            heap = found and (max(1.0, found[0] / plain_bytes), min(1.0, found[1] / plain_s))
+            heap = found and (max(1.0, found[0] / max(plain_bytes, _LEAST_BYTES)), min(1.0, found[1] / plain_s))
     return {
         "shapes": shapes,
         "budget_bytes": budget_bytes if heap is None or any(any(rows) for rows in bounds.values()) else None,

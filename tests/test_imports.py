@@ -45,7 +45,7 @@ LAYERS = (
     ("engine",),
     ("blockwise", "streamed"),
     ("streamed_probe", "probe"),
-    ("sampling", "training", "inference"),
+    ("sampling", "text_sampling", "training", "inference"),
     ("doctor",),
     ("cli",),
     ("api",),  # a program that trains is a user of the probe as the commands are

@@ -17,6 +17,7 @@ from edgetrain.errors import UsageError
 if TYPE_CHECKING:
     from devices import Device
     from edgetrain.data import Dataset
+    from edgetrain.data.tokens import TextDataset
     from edgetrain.image_sampling import ImageSampler
     from edgetrain.sampling import Batched
     from edgetrain.session import Session
@@ -51,7 +52,9 @@ def command(
 
     Of a classifier, accuracy: by the chain of Euler steps, and by block 0 alone at sigma_max. Of a generator of images,
     the mean square error of a denoised pixel at some noise levels. Of a language model, the mean loss of a token and
-    the perplexity on the text held out (--split test), or on what it was trained on.
+    the perplexity on the text held out (--split test), or on what it was trained on. Of one trained from the beginning,
+    bits a token: at sigma_max, and bounds by the chain; by masked diffusion's bound; and of a recurrent one for
+    several numbers of runs of its core.
 
     \b
     Example:
@@ -59,11 +62,14 @@ def command(
     """
     options.check_device(device)
     from edgetrain.session import Session
-    from edgetrain.spec import LanguageModelSpec, StackSpec
+    from edgetrain.spec import LanguageModelSpec, StackSpec, TextModelSpec
 
     found = Session.open(session)
     budget = options.saved_budget(found, budget)
     spec = found.spec
+    if isinstance(spec.model, TextModelSpec):
+        _text_model(found, data, budget, split, (euler_steps, draws, limit), device, threads, as_json)
+        return
     if spec.is_exact and isinstance(spec.model, LanguageModelSpec):
         _language(found, data, budget, split, limit, device, threads, as_json)
         return
@@ -146,16 +152,7 @@ def _language(
     threads: int,
     as_json: bool,
 ) -> None:
-    from edgetrain.data.text import HELD_OUT, TRAIN, open_text
-
-    text = session.spec.text if data is None else replace(session.spec.text, source=data)
-    part = HELD_OUT if split == "test" else TRAIN
-    # What training has tokenised is found in its scratch folder.
-    scratch = session.scratch if os.access(session.path, os.W_OK) else None
-    if scratch is None:
-        scratch = Path(click.get_current_context().with_resource(options.temporary_folder()))
-    vocab_size, seed = session.spec.language.vocab_size, session.spec.train.seed
-    dataset = open_text(text, part, session.model_files, vocab_size, scratch, seed)
+    part, dataset = _open_text(session, data, split)
     options.start_torch(threads)
     import devices
     from devices import meter
@@ -184,3 +181,79 @@ def _language(
         )
 
     options.emit(report, as_json, lines)
+
+
+def _open_text(session: Session, data: str | None, split: str) -> tuple[str, TextDataset]:
+    """The split's name, and its examples."""
+    from edgetrain.data.text import HELD_OUT, TRAIN, open_text
+
+    spec = session.spec
+    text = spec.text if data is None else replace(spec.text, source=data)
+    part = HELD_OUT if split == "test" else TRAIN
+    # What training has tokenised is found in its scratch folder.
+    scratch = session.scratch if os.access(session.path, os.W_OK) else None
+    if scratch is None:
+        scratch = Path(click.get_current_context().with_resource(options.temporary_folder()))
+    vocab_size: int = spec.model.vocab_size  # type: ignore[union-attr]
+    return part, open_text(text, part, session.model_files, vocab_size, scratch, spec.train.seed)
+
+
+def _text_model(
+    session: Session,
+    data: str | None,
+    budget: int,
+    split: str,
+    how: tuple[int | None, int, int | None],
+    device: str,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """``how``: Euler steps, noise draws, and the most examples."""
+    part, dataset = _open_text(session, data, split)
+    options.start_torch(threads)
+    import devices
+    from devices import meter
+    from edgetrain.text_sampling import TextModel
+    from edgetrain.units import format_bytes
+
+    euler_steps, draws, limit = how
+    spec = session.spec
+    micro_batch = min(session.progress(b).micro_batch for b in range(spec.num_blocks)) or 1
+    opened = devices.open_device(device)
+    loops = _loops(spec.text_model.loops) if spec.model.family == "recurrent" and not euler_steps else [None]
+    results: list[dict[str, Any]] = []
+    for number in loops:
+        steps = euler_steps or number or spec.num_blocks
+        model = TextModel(session, opened, micro_batch, number if spec.is_exact else None)
+        model.warm_up()
+        with model.within(budget, "evaluating examples"):
+            costs = model.costs(dataset, steps, draws, limit)
+        results += [
+            {"metric": "bits_per_token", "readout": cost.readout, "value": cost.bits, "error": cost.bits_error,
+             "nats": cost.nats, "is_bound": cost.is_bound, "split": part}
+            | ({"loops": number} if number else {})
+            for cost in costs if cost.readout != "sigma_max" or number in (None, 1)
+        ]  # fmt: skip
+    num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
+    peak = meter.usage().peak_bytes
+    value = {
+        "session": str(session.path), "results": results, "num_examples": num_examples, "peak_bytes": peak,
+        "budget_bytes": budget,
+    }  # fmt: skip
+
+    def lines() -> str:
+        rows = [
+            f"{r['readout'] + (f', {number} runs' if (number := r.get('loops')) else ''):22} "
+            f"{'at most ' if r['is_bound'] else ''}{r['value']:.4f} bits a token, give or take {r['error']:.4f}"
+            for r in results
+        ]
+        return "\n".join([
+            *rows, f"{num_examples} {part} examples; peak {format_bytes(peak)} of {format_bytes(budget)}"
+        ])  # fmt: skip
+
+    options.emit(value, as_json, lines)
+
+
+def _loops(trained: int) -> list[int | None]:
+    """How many runs of a recurrent core are compared: powers of two up to twice those of training."""
+    return [2**i for i in range((2 * trained).bit_length())]

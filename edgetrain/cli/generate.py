@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from edgetrain.checkpoint import Checkpoint
     from edgetrain.session import Session
 
+_IMAGE_STEPS = 50
+
 
 def _finite(context: click.Context, parameter: click.Parameter, value: float) -> float:
     """FloatRange lets infinity and nan through."""
@@ -50,7 +52,11 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
 @click.option("--to", "file", type=click.Path(path_type=Path, dir_okay=False), help="Images: the PNG to write.")
 @click.option("--count", type=click.IntRange(1), help="Images: how many.  [8 of each class]")
 @click.option("--classes", help="Images: of which classes, by number or name, as in 0,3 or dress,bag.  [all]")
-@click.option("--steps", type=click.IntRange(1), default=50, show_default=True, help="Images: Euler steps.")
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    help="Euler steps of an image or a token, or steps of unmasking.  [50; one a block; one a masked token]",
+)
 @click.option(
     "--guidance", type=click.FloatRange(0), callback=_finite, default=2.0, show_default=True,
     help="Images: how much a class counts; 1 is what was trained.",
@@ -70,7 +76,7 @@ def command(
     file: Path | None,
     count: int | None,
     classes: str | None,
-    steps: int,
+    steps: int | None,
     guidance: float,
     budget: int | None,
     device: str,
@@ -82,23 +88,34 @@ def command(
     Layers that the budget has no room for are read again for each token; the text is the same. Without
     --memory-budget a session has the budget of its training, and of a folder all is in memory.
     Images come in a grid, the classes in turn; only the block that a step needs is in memory.
+    A masked diffusion model fills [MASK], or [MASK:12] for so many tokens, in the prompt; without one it goes on.
 
     \b
     Examples:
       edgetrain generate my-session --prompt "Once upon a time"
       edgetrain generate SmolLM2-135M-Instruct --chat --prompt "What is rain?" --memory-budget 400MiB
       edgetrain generate my-dit --to grid.png --classes 0,1,2 --guidance 2
+      edgetrain generate my-masked --prompt "In the [MASK:9] God created"
     """
     options.check_device(device)
-    if (generator := _generator(model)) is not None:
+    from edgetrain.spec import ModelSpec, TextModelSpec
+
+    generator = _session_of(model, ModelSpec)
+    if generator is not None and generator.spec.model.family == "dit":
         from edgetrain.cli.images import Wanted, paint
 
         if file is None:
             raise UsageError(f"{model} makes images", "Say where to: --to grid.png.")
-        paint(generator, Wanted(file, count, classes, steps, guidance, seed), budget, device, threads, as_json)
+        wanted = Wanted(file, count, classes, steps or _IMAGE_STEPS, guidance, seed)
+        paint(generator, wanted, budget, device, threads, as_json)
         return
     if prompt is None:
         raise UsageError("there is no text to go on from", "Give it by --prompt.")
+    if (writer := _session_of(model, TextModelSpec)) is not None:
+        from edgetrain.cli.texts import write
+
+        write(writer, prompt, (temperature, top_p, seed), max_tokens, steps, budget, device, threads, as_json)
+        return
     _write(model, prompt, chat, (temperature, top_p, seed), max_tokens, budget, device, threads, as_json)
 
 
@@ -169,12 +186,12 @@ def _write(
         click.echo(_summary(value), err=True)
 
 
-def _generator(path: Path) -> Session | None:
-    """The session at ``path``, if what it trains makes images."""
+def _session_of(path: Path, kind: type) -> Session | None:
+    """The session at ``path``, if its model is of a kind."""
     from edgetrain.session import Session
 
     session = Session.open(path) if Session.exists(path) else None
-    return session if session is not None and session.spec.model.family == "dit" else None
+    return session if session is not None and isinstance(session.spec.model, kind) else None
 
 
 def _open(path: Path) -> Session | Checkpoint:

@@ -1,0 +1,451 @@
+"""Language models that were trained from the beginning, in use: what a text costs them, and texts that they write.
+
+One block (diffusion_blocks) or one part (exact) is resident at a time. Everything random is a function of a seed and of
+the example's or the token's number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from devices import Device
+from edgetrain.blockwise import bind, build_modules
+from edgetrain.data.tokens import TextDataset
+from edgetrain.engine import warm_up_kernels
+from edgetrain.generation import Sampling, choose
+from edgetrain.models import autoregressive, build_family, build_network, recurrent
+from edgetrain.models.attention import KeyValue
+from edgetrain.models.base import Boundary, network_input
+from edgetrain.models.masked import masked_logits
+from edgetrain.models.recurrent import first_state
+from edgetrain.models.text import TextNetwork
+from edgetrain.noise import euler_coefficients, masking_block
+from edgetrain.objectives.diffusion_blocks import read_out
+from edgetrain.randomness import Purpose, Stream, normal, uniform
+from edgetrain.resident import Resident
+from edgetrain.sampling import CHUNK_BYTES, Batched, bound
+from edgetrain.session import Session
+from edgetrain.stages import Unit, exact_stages, largest_block
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""z (n, tokens, width) and sigma (n,) -> logits (n, tokens, vocab_size)."""
+
+_WARM_UP_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a text: ``nats`` a token, and the standard error of that over the examples. ``is_bound``: at most so much."""
+
+    readout: str
+    nats: float
+    error: float
+    is_bound: bool
+
+    @property
+    def bits(self) -> float:
+        return self.nats / math.log(2)
+
+    @property
+    def bits_error(self) -> float:
+        return self.error / math.log(2)
+
+
+class _Parts:
+    """A session's modules with their weights."""
+
+    def __init__(self, session: Session, device: Device, loops: int | None) -> None:
+        self._session, self.spec = session, session.spec
+        self._block: int | None = None
+        if self.spec.is_exact:
+            self._stages = exact_stages(self.spec)
+            self._network = build_network(self.spec, None)
+            units = [[session.layout(stage) for stage in unit.stages] for unit in self._stages.units]
+            core = len(self._stages.layers) // self.spec.text_model.loops
+            is_looped = self.spec.model.family == "recurrent" and loops is not None
+            self._layers = self._stages.layers[:core] * cast(int, loops) if is_looped else self._stages.layers
+        else:
+            self._family = build_family(self.spec)
+            self._modules = build_modules(self.spec, self._family, 0)
+            units = [largest_block(self.spec, session.shapes)]
+        self.resident = Resident(device, units, moments_resident=False, trains=False)
+
+    def load(self, block: int) -> None:
+        """Makes the parts those of a block."""
+        if self.spec.is_exact or block == self._block:
+            return
+        self._modules = bind(self.resident, self.spec, self._session.shapes, self._family, block)
+        self.resident.load(self._session.store.read)
+        self._block = block
+
+    @property
+    def stem(self) -> nn.Module:
+        return self._part(self._stages.stem) if self.spec.is_exact else self._modules.stem
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """In their order, each until the next one is asked for."""
+        return map(self._part, self._layers) if self.spec.is_exact else self._modules.layers
+
+    @property
+    def head(self) -> nn.Module:
+        return self._part(self._stages.head) if self.spec.is_exact else self._modules.head
+
+    @property
+    def rows(self) -> Tensor:
+        """Of the codebook, (vocab_size, width)."""
+        return self._modules.rows
+
+    def _part(self, unit: Unit) -> nn.Module:
+        return bound(self.resident, self._session, self._network, unit)
+
+
+class TextModel(Batched):
+    """A session's language model. ``loops``: how often exact training's recurrent core runs; None: as in training."""
+
+    def __init__(self, session: Session, device: Device, batch_size: int, loops: int | None = None) -> None:
+        self.session, self.device, self.batch_size = session, device, batch_size
+        self.spec, self.model = session.spec, session.spec.text_model
+        self.modules = _Parts(session, device, loops)
+
+    def warm_up(self) -> None:
+        """Touches the buffers and runs every operation once, so that the limit can be drawn around them."""
+        self.modules.resident.touch()
+        tokens = np.zeros((1, _WARM_UP_TOKENS), np.int64)
+        if self.model.family == "masked":
+            self.unmask(np.full(_WARM_UP_TOKENS, self.model.vocab_size), 2, Sampling())
+            self._unmasking(tokens, 0, self.spec.num_blocks)
+        else:
+            self.context(2, 0).read(tokens[0])
+            self._costs(tokens, tokens, 0, 2, 1)
+        warm_up_kernels(self.device)
+
+    # ---------------------------------------------------------------------------------------------------- what it costs
+
+    @property
+    def chunk_examples(self) -> int:
+        """How many pass a block together, for ``CHUNK_BYTES``."""
+        return max(1, CHUNK_BYTES // (4 * self.spec.text.length * self.model.width))
+
+    def costs(self, dataset: TextDataset, num_steps: int, draws: int, limit: int | None = None) -> list[Cost]:
+        """What the examples of a text cost, a token.
+
+        Of a next-token model: at sigma_max, where z carries nothing, which is its true negative log-likelihood; and at
+        the end of a chain of ``num_steps``: the mean over noise draws, and by the mean of their probabilities; both
+        are bounds, by Jensen's inequality. Of masked diffusion: the bound of MD4's equation 4, t spread evenly over
+        ``draws`` parts of each block's band. Trained as a whole: the likelihood itself, or the same bound.
+        """
+        num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
+        found: dict[str, list[NDArray[np.float64]]] = {}
+        weight: list[NDArray[np.float64]] = []
+        for start in range(0, num_examples, self.chunk_examples):
+            indices = np.arange(start, min(start + self.chunk_examples, num_examples))
+            tokens, targets, weights = dataset.read(indices)
+            if self.model.family == "masked":
+                counts = np.ones(tokens.shape, bool)
+                counts[:, 1:] = weights[:, :-1] > 0
+                work = self._masked_work(tokens, counts, start, draws * self.spec.num_blocks)
+                weight.append(counts.sum(1).astype(np.float64))
+            else:
+                work = self._next_token_work(tokens, targets, weights, start, num_steps, draws)
+                weight.append(weights.sum(1).astype(np.float64))
+            for name, each in self.halving(len(tokens), work).items():
+                found.setdefault(name, []).append(each)
+        total = np.concatenate(weight)
+        return [_cost(name, np.concatenate(parts), total) for name, parts in found.items()]
+
+    def _masked_work(
+        self, tokens: NDArray[np.int64], counts: NDArray[np.bool_], start: int, levels: int
+    ) -> Callable[[], dict[str, NDArray[np.float64]]]:
+        def work() -> dict[str, NDArray[np.float64]]:
+            return {"elbo": self._unmasking(tokens, start, levels, counts)}
+
+        return work
+
+    def _next_token_work(  # noqa: PLR0917
+        self,
+        tokens: NDArray[np.int64],
+        targets: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        start: int,
+        num_steps: int,
+        draws: int,
+    ) -> Callable[[], dict[str, NDArray[np.float64]]]:
+        def work() -> dict[str, NDArray[np.float64]]:
+            each = self._costs(tokens, targets, start, num_steps, draws)
+            return {name: (one * weights).sum(1) for name, one in each.items()}
+
+        return work
+
+    @torch.no_grad()
+    def _costs(
+        self, tokens: NDArray[np.int64], targets: NDArray[np.int64], start: int, num_steps: int, draws: int
+    ) -> dict[str, NDArray[np.float64]]:
+        """By readout, the cost of each target (n, length)."""
+        if self.spec.is_exact:
+            parts = [
+                _negative_log(self._whole_logits(tokens[part], start + part.start), self._tensor(targets[part]))
+                for part in self.parts(len(tokens))
+            ]
+            return {"whole": np.concatenate(parts)}
+        grid = self.spec.diffusion_blocks.noise.grid(num_steps)
+        sigmas = [*(sigma for sigma, _ in grid), 0.0]
+        z = np.empty((draws, *tokens.shape, self.model.width), np.float32)  # between two blocks
+        first, last = np.empty((draws, *tokens.shape)), np.empty((draws, *tokens.shape))
+        for block in dict.fromkeys(block for _, block in grid):
+            self.modules.load(block)
+            steps = [k for k, (_, owner) in enumerate(grid) if owner == block]
+            for part in self.parts(len(tokens)):
+                wanted = self._tensor(targets[part])
+                denoiser = self._denoiser(self._tensor(tokens[part]))
+                for draw in range(draws):
+                    if steps[0] == 0:
+                        stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE, 0, draw)
+                        z[draw, part] = self._noise(stream, start + part.start, tokens[part].shape)
+                    state = self._tensor(z[draw, part])
+                    for k in steps:
+                        state, logits = self._step(denoiser, state, sigmas[k], sigmas[k + 1])
+                        if k == 0:
+                            first[draw, part] = _negative_log(logits, wanted)
+                        if k == num_steps - 1:
+                            last[draw, part] = _negative_log(logits, wanted)
+                    z[draw, part] = state.cpu().numpy()
+        return {
+            "sigma_max": first.mean(0),
+            "chain": last.mean(0),
+            **({f"chain-mean{draws}": -np.logaddexp.reduce(-last, 0) + math.log(draws)} if draws > 1 else {}),
+        }
+
+    def _step(self, denoiser: Denoiser, z: Tensor, sigma: float, following: float) -> tuple[Tensor, Tensor]:
+        """An Euler step: the next z, and the logits of this one."""
+        logits = denoiser(z, torch.full((len(z),), sigma, device=z.device))
+        a, b = euler_coefficients(sigma, following)
+        return a * z + b * (logits.softmax(-1) @ self.modules.rows), logits
+
+    def _denoiser(self, tokens: Tensor) -> Denoiser:
+        """For tokens (n, length), of the block that is loaded. What depends on the tokens alone is computed once."""
+        return self._recurrent_denoiser(tokens) if self.model.family == "recurrent" else self._ar_denoiser(tokens)
+
+    def _recurrent_denoiser(self, tokens: Tensor) -> Denoiser:
+        stem = cast(recurrent.Stem, self.modules.stem)
+        injected = stem.injected(tokens)
+
+        def logits(z: Tensor, sigma: Tensor) -> Tensor:
+            scaled_z, c_noise = network_input(z, sigma, self.spec.sigma_data)
+            boundary = Boundary({"state": scaled_z}, {"injected": injected, "condition": stem.condition(c_noise)})
+            for layer in self.modules.layers:
+                boundary = layer(boundary)
+            return read_out(self.spec, self.modules.head, boundary, z, sigma)
+
+        return logits
+
+    def _ar_denoiser(self, tokens: Tensor, caches: Sequence[KeyValue] | None = None) -> Denoiser:
+        """With ``caches``, one for each layer, the tokens follow on what these hold, and only the last is denoised."""
+        stem = cast(autoregressive.Stem, self.modules.stem)
+        layers = cast(Sequence[autoregressive.Layer], self.modules.layers)
+        if self.spec.diffusion_blocks.streams == 1:
+            return self._one_stream_denoiser(tokens)
+        boundary = stem.clean(tokens)
+        clean, constant = boundary.carried["clean"], boundary.context["clean_condition"]
+        seen = []
+        pasts: Sequence[KeyValue | None] = caches or [None] * len(layers)
+        for layer, past in zip(layers, pasts, strict=True):
+            clean, own = layer.clean(clean, constant, past)
+            seen.append(own)
+        beside = tokens if caches is None else tokens[:, -1:]
+
+        def logits(z: Tensor, sigma: Tensor) -> Tensor:
+            boundary = stem.noised(beside, *network_input(z, sigma, self.spec.sigma_data))
+            noisy, condition = boundary.carried["noisy"], boundary.context["condition"]
+            for layer, own in zip(layers, seen, strict=True):
+                noisy = layer.noisy(noisy, condition, own)
+            return read_out(self.spec, self.modules.head, boundary.advance({"noisy": noisy}), z, sigma)
+
+        return logits
+
+    def _one_stream_denoiser(self, tokens: Tensor) -> Denoiser:
+        """Where clean tokens have the condition of the noisy ones, they depend on sigma."""
+
+        def logits(z: Tensor, sigma: Tensor) -> Tensor:
+            boundary: Boundary = self.modules.stem(tokens, *network_input(z, sigma, self.spec.sigma_data))
+            for layer in self.modules.layers:
+                boundary = layer(boundary)
+            return read_out(self.spec, self.modules.head, boundary, z, sigma)
+
+        return logits
+
+    def _noise(self, stream: Stream, first: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Where a chain begins, (n, length, width): at sigma_max, of the norm that a noised row has."""
+        scale = np.float32((1 + self.spec.diffusion_blocks.noise.sigma_max**2) ** 0.5)
+        return scale * first_state(stream, first, shape, self.model.width)
+
+    def _whole_logits(self, tokens: NDArray[np.int64], first: int, caches: Sequence[KeyValue] | None = None) -> Tensor:
+        """Of a next-token model that was trained as a whole: tokens (n, length) -> (n, length, vocab_size)."""
+        network = cast(TextNetwork, self.modules._network)
+        batch = {"tokens": self._tensor(tokens)}
+        if self.model.family == "recurrent":
+            stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE)
+            batch["state"] = self._tensor(first_state(stream, first, tokens.shape, self.model.width))
+        boundary = network.enter(self.modules.stem, batch)
+        for number, layer in enumerate(self.modules.layers):
+            if caches is None:
+                boundary = network.layer(layer, boundary)
+            else:
+                clean, constant = boundary.carried["clean"], boundary.context["clean_condition"]
+                clean, _ = cast(autoregressive.Layer, layer).clean(clean, constant, caches[number])
+                boundary = boundary.advance({"clean": clean})
+        return network.logits(self.modules.head, boundary)
+
+    @torch.no_grad()
+    def _unmasking(
+        self, tokens: NDArray[np.int64], start: int, levels: int, counts: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float64]:
+        """The bound of each example (n,): a t of its own in each of ``levels`` equal parts."""
+        total = np.zeros(len(tokens))
+        seed = self.spec.train.seed
+        for level in range(levels - 1, -1, -1):
+            offset = uniform(Stream(seed, Purpose.EVALUATION_NOISE, 1, level), start, len(tokens))[:, 0]
+            t = (level + offset) / levels
+            draws = uniform(Stream(seed, Purpose.EVALUATION_NOISE, 2, level), start, len(tokens), tokens.shape[1])
+            hidden = draws < t[:, None]
+            if counts is not None:
+                hidden &= counts
+            self.modules.load(masking_block(self.spec.num_blocks, (level + 0.5) / levels))
+            for part in self.parts(len(tokens)):
+                given = np.where(hidden[part], self.model.vocab_size, tokens[part])
+                logits = self._masked_logits(given, t[part])
+                each = _negative_log(logits, self._tensor(tokens[part]))
+                total[part] += (each * hidden[part]).sum(1) / t[part] / levels
+        return total
+
+    def _masked_logits(self, tokens: NDArray[np.int64], t: NDArray[np.float64]) -> Tensor:
+        """(n, length, vocab_size) of the block that is loaded."""
+        boundary: Boundary = self.modules.stem(self._tensor(tokens), self._tensor(t.astype(np.float32)))
+        for layer in self.modules.layers:
+            boundary = layer(boundary)
+        return masked_logits(self.modules.head, boundary)
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device.torch_device)
+
+    # ------------------------------------------------------------------------------------------------------- texts
+
+    def context(self, num_steps: int, seed: int) -> Context:
+        """What a next-token model has read of one text; each token takes ``num_steps`` Euler steps."""
+        return Context(self, num_steps, seed)
+
+    @torch.no_grad()
+    def unmask(self, tokens: NDArray[np.int64], num_steps: int, sampling: Sampling) -> NDArray[np.int64]:
+        """Fills those of ``tokens`` (length,) that are ``vocab_size`` (MD4, section 4): at each of ``num_steps`` steps
+        from t = cos(pi/2 k / steps) to the next a part of what is still masked is drawn and stays."""
+        tokens = tokens.copy()
+        times = [math.cos(math.pi / 2 * k / num_steps) for k in range(num_steps)] + [0.0]
+        for step, (t, following) in enumerate(itertools.pairwise(times)):
+            (places,) = np.nonzero(tokens == self.model.vocab_size)
+            draws = uniform(Stream(sampling.seed, Purpose.NOISE, 0, step), 0, len(tokens))[:, 0]
+            shown = [place for place in places.tolist() if draws[place] < (t - following) / t]
+            if not shown:
+                continue
+            self.modules.load(masking_block(self.spec.num_blocks, t))
+            logits = self._masked_logits(tokens[None], np.array([t]))[0].cpu().numpy()
+            for place in shown:
+                tokens[place] = choose(logits[place], sampling, place)
+        return tokens
+
+
+class Context:
+    """Reads on from what it has read before, and gives the logits of what comes next."""
+
+    def __init__(self, model: TextModel, num_steps: int, seed: int) -> None:
+        self._model, self._seed = model, seed
+        self._num_steps = num_steps
+        self._tokens = np.empty(0, np.int64)
+        self._caches: dict[int, list[KeyValue]] = {}
+
+    @torch.no_grad()
+    def read(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits (vocab_size,) after ``tokens`` (n,)."""
+        model = self._model
+        self._tokens = np.concatenate([self._tokens, tokens])
+        if model.spec.is_exact:
+            caches = self._cache(0) if model.model.family == "ar" else None
+            given = tokens if caches is not None else self._tokens
+            logits = model._whole_logits(given[None], 0, caches)
+        else:
+            logits = self._chain(tokens)
+        last: NDArray[np.float32] = logits[0, -1].cpu().numpy()
+        return last
+
+    def _chain(self, tokens: NDArray[np.int64]) -> Tensor:
+        """Logits of the last of the tokens at the chain's end."""
+        model = self._model
+        grid = [*model.spec.diffusion_blocks.noise.grid(self._num_steps), (0.0, -1)]
+        number = len(self._tokens) - 1
+        state = model._tensor(model._noise(Stream(self._seed, Purpose.NOISE, 0, number), 0, (1, 1)))
+        logits = state
+        for block in dict.fromkeys(block for _, block in grid[:-1]):
+            model.modules.load(block)
+            denoise = self._last_denoiser(block, tokens)
+            for (sigma, owner), (following, _) in itertools.pairwise(grid):
+                if owner == block:
+                    state, logits = model._step(denoise, state, sigma, following)
+        return logits
+
+    def _last_denoiser(self, block: int, tokens: NDArray[np.int64]) -> Denoiser:
+        """For z (1, 1, width) of the token after the last one read."""
+        model = self._model
+        if model.model.family == "ar" and model.spec.diffusion_blocks.streams == 2:
+            return model._ar_denoiser(model._tensor(tokens[None]), self._cache(block))
+        whole = model._denoiser(model._tensor(self._tokens[None]))
+        # Before the last one stand the rows of tokens that are known, as noisy as in training.
+        known = torch.nn.functional.embedding(model._tensor(self._tokens[None, 1:]), model.modules.rows)
+        eps = normal(Stream(self._seed, Purpose.EVALUATION_NOISE), 0, known.shape[1], model.model.width)
+        noise = model._tensor(eps[None])
+
+        def logits(z: Tensor, sigma: Tensor) -> Tensor:
+            return whole(torch.cat([known + sigma[:, None, None] * noise, z], 1), sigma)[:, -1:]
+
+        return logits
+
+    def _cache(self, block: int) -> list[KeyValue]:
+        """Keys and values of the block's clean tokens, with room for as many as have been read."""
+        model = self._model
+        layers = model.spec.layers_of(block)
+        held = self._caches.setdefault(block, [self._room(2 * len(self._tokens)) for _ in layers])
+        if held[0].keys.shape[2] < len(self._tokens):
+            self._caches[block] = held = [_grown(one, self._room(2 * len(self._tokens))) for one in held]
+        return held
+
+    def _room(self, tokens: int) -> KeyValue:
+        model = self._model.model
+        return KeyValue(1, model.heads, tokens, model.head_dim, device=self._model.device.torch_device)
+
+
+def _grown(held: KeyValue, into: KeyValue) -> KeyValue:
+    if held.length:
+        into.append(held.keys[:, :, : held.length], held.values[:, :, : held.length])
+    return into
+
+
+def _negative_log(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:
+    """Of the softmax at the targets: logits (n, length, vocab_size), targets (n, length) -> (n, length)."""
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    found: NDArray[np.float64] = (logits.logsumexp(-1) - chosen).double().cpu().numpy()
+    return found
+
+
+def _cost(name: str, each: NDArray[np.float64], weight: NDArray[np.float64]) -> Cost:
+    """``each``: the cost of each example, ``weight``: the tokens of each that count."""
+    mean = float(each.sum() / weight.sum())
+    residuals = each - mean * weight  # of a ratio of sums
+    error = math.sqrt(float((residuals**2).sum())) / float(weight.sum())
+    return Cost(name, mean, error, name not in ("sigma_max", "whole"))
