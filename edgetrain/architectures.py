@@ -5,10 +5,16 @@ A *target* is what LoRA calls a linear map of a layer, "q_proj"; a layer may hav
 
 from __future__ import annotations
 
+import math
 import re
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgetrain.errors import UsageError
-from edgetrain.spec import LanguageModelSpec
+from edgetrain.spec import LanguageModelSpec, TextModelSpec
+
+Rotary = LanguageModelSpec | TextModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 """Tensor name -> shape."""
@@ -134,3 +140,25 @@ def target_tensors(model: LanguageModelSpec, target: str) -> tuple[str, ...]:
 
 def _target(name: str) -> str:
     return name.split(".")[-2]
+
+
+def inverse_frequencies(model: Rotary) -> NDArray[np.float32]:
+    """theta_i (head_dim / 2), in transformers' order of operations (arXiv 2104.09864, equation 15)."""
+    exponents = np.arange(0, model.head_dim, 2, dtype=np.float32) / np.float32(model.head_dim)
+    frequencies = np.float32(1) / np.float32(model.rope_theta) ** exponents
+    if isinstance(model, LanguageModelSpec) and model.rope_scaling == "linear":
+        return frequencies / np.float32(model.rope_factor)
+    if isinstance(model, LanguageModelSpec) and model.rope_scaling == "llama3":
+        return _llama3(model, frequencies)
+    return frequencies
+
+
+def _llama3(model: LanguageModelSpec, frequencies: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Short wavelengths as they are, long ones stretched by the factor, a smooth passage between (Llama 3.1)."""
+    low, high, length = model.rope_low_freq_factor, model.rope_high_freq_factor, model.rope_original_length
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    stretched = frequencies / np.float32(model.rope_factor)
+    smooth = (length / wavelengths - np.float32(low)) / np.float32(high - low)
+    between = (1 - smooth) * stretched + smooth * frequencies
+    scaled = np.where(wavelengths > length / low, stretched, between)
+    return np.where(wavelengths < length / high, frequencies, scaled).astype(np.float32)

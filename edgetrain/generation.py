@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from edgetrain.data.chat import MODEL_CONFIGS, ChatTemplate, special_tokens
 from edgetrain.data.tokenizer import Tokenizer
 from edgetrain.errors import BadInput, UsageError
 from edgetrain.randomness import Purpose, Stream, uniform
-from edgetrain.spec import LanguageModelSpec
 
 _CONTEXT_TOKENS = 8
 """So many tokens before it decide how one is written: whether a space stands before it, say."""
@@ -90,7 +90,14 @@ def read_prompt(text: Text, folder: Path, prompt: str, is_chat: bool) -> NDArray
     return np.concatenate(ids)
 
 
-def check_length(model: LanguageModelSpec, prompt_tokens: int, max_tokens: int) -> None:
+class Bounded(Protocol):
+    """What takes so many tokens at most."""
+
+    @property
+    def max_length(self) -> int: ...
+
+
+def check_length(model: Bounded, prompt_tokens: int, max_tokens: int) -> None:
     """Raises UsageError if the model has no room for the prompt and ``max_tokens`` more."""
     if prompt_tokens + max_tokens > model.max_length:
         left = model.max_length - prompt_tokens

@@ -309,6 +309,18 @@ class LanguageModel:
             logits[first_token : first_token + len(rows)] = (hidden @ rows.T)[0].cpu().numpy()
         return logits
 
+    @torch.no_grad()
+    def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Of every token (n, length) -> (n, length, vocab_size)."""
+        boundary = self._enter(tokens, 0)
+        for number, unit in enumerate(self.stages.layers):
+            boundary = self.network.layer(self._hold(unit, self.stages.layers[number + 1 :]), boundary)
+        hidden = self.network.head(self._hold(self.stages.head), boundary, {})  # (n * length, width)
+        logits = np.empty((len(hidden), self.spec.vocab_size), np.float32)
+        for first_token, rows in self._output(self.stages.output):
+            logits[:, first_token : first_token + len(rows)] = (hidden @ rows.T).cpu().numpy()
+        return logits.reshape(*tokens.shape, -1)
+
     def _output(self, chunks: Sequence[Unit]) -> Iterator[tuple[int, Tensor]]:
         """(first token, rows (rows, width)) of each chunk of the output table."""
         for number, unit in enumerate(chunks):

@@ -244,7 +244,7 @@ class Session:
 
     @property
     def model_files(self) -> Path:
-        """The folder with the configuration and the tokenizer of an imported model."""
+        """The folder with the tokenizer of a language model, and the configuration of an imported one."""
         return self.path / "model"
 
     def group_state(self, block: int, progress: BlockProgress) -> dict[str, Any]:

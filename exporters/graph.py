@@ -54,8 +54,8 @@ class Graph:
         self._uses: dict[str, int] = {}
         self._nodes: list[Node] = []
         self._constants: dict[str, NDArray[Any]] = {}
-        self._inputs: dict[str, tuple[int, ...]] = {}
-        self._outputs: dict[str, tuple[int, ...]] = {}
+        self._inputs: dict[str, tuple[str, tuple[int | str, ...]]] = {}
+        self._outputs: dict[str, tuple[str, tuple[int | str, ...]]] = {}
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -66,12 +66,20 @@ class Graph:
 
     def input(self, name: str, *shape: int) -> str:
         """A float32 input (n, *shape)."""
-        self._inputs[name] = shape
+        return self.tensor(name, "float32", BATCH, *shape)
+
+    def tensor(self, name: str, dtype: str, *dims: int | str) -> str:
+        """An input; dimensions that may vary are named."""
+        self._inputs[name] = dtype, dims
         return name
 
     def output(self, name: str, value: str, *shape: int) -> None:
         """Makes ``value`` (n, *shape) an output."""
-        self._outputs[name] = shape
+        self.result(name, value, BATCH, *shape)
+
+    def result(self, name: str, value: str, *dims: int | str) -> None:
+        """Makes ``value`` a float32 output; dimensions that may vary are named."""
+        self._outputs[name] = "float32", dims
         self._nodes.append(Node("Identity", [value], [name], name, {}))
 
     def weight(self, name: str) -> str:
@@ -90,6 +98,10 @@ class Graph:
     def ints(self, *values: int) -> str:
         """A vector of int64: a shape, or axes."""
         return self._constant(np.array(values, np.int64), "")
+
+    def number(self, value: int) -> str:
+        """A scalar of int64."""
+        return self._constant(np.array(value, np.int64), f"int{value}")
 
     def _constant(self, array: NDArray[Any], name: str) -> str:
         name = name or f"{array.dtype.name}{array.tolist()}"
@@ -146,7 +158,7 @@ class Graph:
             version: of the producer, which is edgetrain.
             external: where the weights are; those left out have to be added to the file.
         """
-        from onnx import TensorProto, helper
+        from onnx import helper
 
         nodes = self._needed()
         used = {value for node in nodes for value in node.inputs}
@@ -159,7 +171,10 @@ class Graph:
         ]
         weights = [_external(name, self._shapes[name], external[name]) for name in self.weights() if name in external]
         ends = [
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [BATCH, *shape]) for name, shape in tensors.items()]
+            [
+                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), dims)
+                for name, (dtype, dims) in tensors.items()
+            ]
             for tensors in (self._inputs, self._outputs)
         ]
         graph = helper.make_graph([], self._name, ends[0], ends[1], [*constants, *weights])

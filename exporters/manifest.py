@@ -18,6 +18,7 @@ FORMAT = "edgetrain.export"
 VERSION = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+MODEL_DATA = "model.onnx_data"
 WEIGHTS = "weights.safetensors"
 PREPROCESSING = "x/127.5-1"
 
@@ -25,8 +26,19 @@ _MAX_BYTES = 16 << 20
 _MAX_BLOCKS = 1 << 12
 
 
+EMBEDDING, NORM = "embedding.onnx", "norm.onnx"
+
+
 def block_file(block: int) -> str:
     return f"block{block:02d}.onnx"
+
+
+def layer_file(number: int) -> str:
+    return f"layer{number:03d}.onnx"
+
+
+def logits_file(chunk: int) -> str:
+    return f"logits{chunk:03d}.onnx"
 
 
 @dataclass(frozen=True)
@@ -78,33 +90,108 @@ class Manifest:
         """Reads and checks the manifest and the sizes of the files that it names.
 
         Raises:
-            BadInput: the folder is no export, or not a complete one, or of a newer version.
+            BadInput: the folder is no export of a model of images, or not a complete one, or of a newer version.
         """
-        path = folder / MANIFEST
-        try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise BadInput(f"{path} has {path.stat().st_size} bytes, more than any manifest")
-            content = json.loads(path.read_text())
-            found, version = content["format"], content["version"]
-        except OSError as error:
-            hint = "Make one: edgetrain export SESSION --to DIR."
-            raise BadInput(f"{folder} is no export: {path}: {error.strerror}", hint) from error
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise BadInput(f"{folder} is no export: {path} is damaged or something else: {error!r}") from error
-        if found != FORMAT or not isinstance(version, int):
-            raise BadInput(f"{folder} is no export: {path} has the format {found!r}")
-        if version > VERSION:
-            raise BadInput(f"{path} has format version {version}, newer than {VERSION}", "Install a newer edgetrain.")
-        try:
-            manifest = _parse(content)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, EdgetrainError) as error:
-            raise BadInput(f"{path} is damaged: {error!r}", "Export the session again.") from error
-        for name, record in manifest.files.items():
-            actual = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if actual != record.bytes:
-                size = "is missing" if actual is None else f"has {actual} bytes"
-                raise BadInput(f"{folder / name} {size}, expected {record.bytes} bytes", "Copy the whole folder again.")
-        return manifest
+        found = read(folder)
+        if not isinstance(found, cls):
+            raise BadInput(f"{folder} is an export of a language model", "Use edgetrain generate.")
+        return found
+
+
+@dataclass(frozen=True)
+class LanguageManifest:
+    """An export of a language model: model.onnx with its weights beside it, or a graph for each part, and the
+    tokenizer's files. ``num_chunks``: of the output table, whose logits follow each other."""
+
+    family: str
+    digest: str
+    single_file: bool
+    num_chunks: int
+    vocab_size: int
+    max_length: int
+    depth: int
+    kv_heads: int
+    head_dim: int
+    files: Mapping[str, FileRecord]
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The files of the graphs, in the order of the data."""
+        if self.single_file:
+            return (MODEL,)
+        layers = map(layer_file, range(self.depth))
+        return (EMBEDDING, *layers, NORM, *map(logits_file, range(self.num_chunks)))
+
+    def write(self, folder: Path) -> None:
+        """Writes it into ``folder``, durably."""
+        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, **asdict(self)}
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> LanguageManifest:
+        """As ``Manifest.read``, of a language model."""
+        found = read(folder)
+        if not isinstance(found, cls):
+            raise BadInput(f"{folder} is an export of a model of images", "Use edgetrain predict.")
+        return found
+
+
+def read(folder: Path) -> Manifest | LanguageManifest:
+    """Either; as ``Manifest.read``."""
+    manifest = _read(folder / MANIFEST)
+    for name, record in manifest.files.items():
+        actual = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if actual != record.bytes:
+            size = "is missing" if actual is None else f"has {actual} bytes"
+            raise BadInput(f"{folder / name} {size}, expected {record.bytes} bytes", "Copy the whole folder again.")
+    return manifest
+
+
+def _read(path: Path) -> Manifest | LanguageManifest:
+    folder = path.parent
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise BadInput(f"{path} has {path.stat().st_size} bytes, more than any manifest")
+        content = json.loads(path.read_text())
+        found, version = content["format"], content["version"]
+    except OSError as error:
+        hint = "Make one: edgetrain export SESSION --to DIR."
+        raise BadInput(f"{folder} is no export: {path}: {error.strerror}", hint) from error
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder} is no export: {path} is damaged or something else: {error!r}") from error
+    if found != FORMAT or not isinstance(version, int):
+        raise BadInput(f"{folder} is no export: {path} has the format {found!r}")
+    if version > VERSION:
+        raise BadInput(f"{path} has format version {version}, newer than {VERSION}", "Install a newer edgetrain.")
+    try:
+        return _parse_language(content) if "vocab_size" in content else _parse(content)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, EdgetrainError) as error:
+        raise BadInput(f"{path} is damaged: {error!r}", "Export the session again.") from error
+
+
+def _parse_language(content: Mapping[str, Any]) -> LanguageManifest:
+    parsed = LanguageManifest(
+        family=_is(str, content["family"]),
+        digest=_is(str, content["digest"]),
+        single_file=_is(bool, content["single_file"]),
+        **{
+            name: _positive(content[name])
+            for name in ("vocab_size", "max_length", "depth", "kv_heads", "head_dim", "num_chunks")
+        },
+        files=_records(content),
+    )
+    if max(parsed.depth, parsed.num_chunks) > _MAX_BLOCKS:
+        raise ValueError(f"{parsed.depth} layers and {parsed.num_chunks} chunks")
+    if not set(parsed.graphs) < parsed.files.keys() or any(Path(name).name != name for name in parsed.files):
+        raise ValueError(f"a language model in the files {sorted(parsed.files)}")
+    return parsed
+
+
+def _records(content: Mapping[str, Any]) -> dict[str, FileRecord]:
+    return {
+        _is(str, name): FileRecord(_is(int, record["bytes"]), _is(str, record["sha256"]))
+        for name, record in content["files"].items()
+    }
 
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
@@ -122,10 +209,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
             _positive(schedule["num_blocks"]),
             *(_is(float, schedule[key]) for key in ("sigma_min", "sigma_max", "p_mean", "p_std", "overlap")),
         ),
-        files={
-            _is(str, name): FileRecord(_is(int, record["bytes"]), _is(str, record["sha256"]))
-            for name, record in content["files"].items()
-        },
+        files=_records(content),
     )
     num_blocks = parsed.schedule.num_blocks
     needed = {MODEL} if parsed.single_file else {WEIGHTS, *(block_file(i) for i in range(min(num_blocks, _MAX_BLOCKS)))}

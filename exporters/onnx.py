@@ -8,6 +8,7 @@ with stage(session, to, single_file=False) as staged:
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import math
 import os
 import shutil
@@ -19,11 +20,25 @@ from typing import TYPE_CHECKING, cast
 
 from devices.meter import usage
 from edgetrain import __version__
+from edgetrain.checkpoint import copy_tokenizer
 from edgetrain.errors import BadInput, SessionLocked, UsageError
 from edgetrain.session import Session
+from edgetrain.spec import LanguageModelSpec, ModelSpec
 from edgetrain.store import disk
-from exporters import vit
-from exporters.manifest import MANIFEST, MODEL, PREPROCESSING, WEIGHTS, FileRecord, Manifest, block_file
+from exporters import language, vit
+from exporters.graph import External
+from exporters.manifest import (
+    MANIFEST,
+    MODEL,
+    MODEL_DATA,
+    PREPROCESSING,
+    WEIGHTS,
+    FileRecord,
+    LanguageManifest,
+    Manifest,
+    block_file,
+    read,
+)
 from exporters.parity import PARITY
 from exporters.weights import Weights, write_model, write_safetensors, writing
 
@@ -99,7 +114,7 @@ def check_replaceable(to: Path) -> None:
     if not present:
         return
     try:
-        manifest = Manifest.read(to)
+        manifest = read(to)
     except BadInput as error:
         raise UsageError(f"{to} is not empty and is no export that could be replaced: {error.message}", hint) from error
     if others := sorted(present - {*manifest.files, MANIFEST, PARITY}):
@@ -136,6 +151,9 @@ def _scratch_folder(to: Path) -> Iterator[Path]:
 def _emit(session: Session, folder: Path, single_file: bool) -> None:
     weights = Weights(session)
     digest = session.store.digest()
+    if isinstance(session.spec.model, LanguageModelSpec):
+        _emit_language(session, weights, folder, digest, single_file)
+        return
     files = _single(session, weights, folder, digest) if single_file else _blocks(session, weights, folder, digest)
     spec = session.spec
     Manifest(
@@ -149,6 +167,31 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
         schedule=spec.diffusion_blocks.noise,
         files=files,
     ).write(folder)
+
+
+def _emit_language(session: Session, weights: Weights, folder: Path, digest: str, single_file: bool) -> None:
+    spec, model = session.spec, session.spec.language
+    chunks = language.chunks_of_table(model)
+    shapes = weights.shapes | {name: (rows, model.width) for name, (_, rows) in chunks.items()}
+    graphs = {MODEL: language.whole_model(spec, shapes)} if single_file else dict(language.parts(spec, shapes))
+    used = dict.fromkeys(name for graph in graphs.values() for name in graph.weights() if name not in chunks)
+    used |= {} if single_file else {language.table_of(model): None}
+    out, places = write_safetensors(folder / (MODEL_DATA if single_file else WEIGHTS), weights, used)
+    files = {out.name: FileRecord(out.num_bytes, out.sha256)}
+    for name, (first, rows) in chunks.items() if not single_file else ():
+        table = places[language.table_of(model)]
+        places[name] = External(table.location, table.offset + 4 * first * model.width, 4 * rows * model.width)
+    for name, graph in graphs.items():
+        files[name] = _write(folder / name, graph.model(_properties(session, digest), __version__, places))
+        _check(folder / name)
+    for path in copy_tokenizer(session.model_files, folder):
+        with path.open("rb") as file:
+            files[path.name] = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    LanguageManifest(
+        family=model.family, digest=digest, single_file=single_file, num_chunks=len(chunks),
+        vocab_size=model.vocab_size, max_length=model.max_length, depth=model.depth, kv_heads=model.kv_heads,
+        head_dim=model.head_dim, files=files,
+    ).write(folder)  # fmt: skip
 
 
 def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
@@ -188,7 +231,7 @@ def _properties(session: Session, digest: str) -> dict[str, str]:
         "producer": f"edgetrain {__version__}",
         "digest": digest,
         "family": session.spec.model.family,
-        "preprocessing": PREPROCESSING,
+        **({"preprocessing": PREPROCESSING} if isinstance(session.spec.model, ModelSpec) else {}),
     }
 
 

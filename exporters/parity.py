@@ -28,14 +28,16 @@ from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import Spec
 from edgetrain.store.disk import replace_file
 from edgetrain.units import format_bytes
-from exporters.manifest import MODEL, Manifest, block_file
+from exporters.manifest import MODEL, block_file, read
 
 RTOL, ATOL = 1e-4, 1e-5
 BATCH_SIZES = (2, 5)
+LANGUAGE_SHAPES = ((1, 7), (3, 12))
+"""(batch size, tokens)."""
 PARITY = "parity.json"
 
 _SEED = 0
-_IMAGES, _SIGMA, _STATE = range(3)  # streams of their own, whatever evaluation draws
+_IMAGES, _SIGMA, _STATE, _TOKENS = range(4)  # streams of their own, whatever evaluation draws
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def check(
         BudgetBroken: the budget is too small to run the model.
         SessionLocked: the session was trained on while it was exported.
     """
-    digest = Manifest.read(export_path).digest
+    digest = read(export_path).digest
     if digest != reference.digest:
         raise SessionLocked(f"{session_path} was trained on while it was exported", "Export it again.")
     remaining = None if budget_bytes is None else budget_bytes - resident_bytes_fast()[0]
@@ -93,7 +95,7 @@ def check(
         worst = max(failed, key=lambda row: row["max_abs"] if row["max_abs"] is not None else np.inf)
         raise ParityFailed(
             f"{worst['output']} of {worst['file']} differs from the trained model by {worst['max_abs']} "
-            f"(relative {worst['max_rel']}); allowed are {ATOL} + {RTOL} * |value|",
+            f"(relative {worst['max_rel']}); allowed are {worst['atol']:.2g} + {RTOL} * |value|",
             "Nothing was exported. `edgetrain verify` tells whether the session is damaged.",
         )
     return rows
@@ -147,12 +149,13 @@ def memory_errors(budget_bytes: int | None) -> Iterator[None]:
         ) from error
 
 
-def limit_memory(budget_bytes: int | None, mapped_bytes: int = 0) -> None:
+def limit_memory(budget_bytes: int | None, mapped_bytes: int = 0, touched_bytes: int | None = None) -> None:
     """Keeps this process within the budget from now on. Call after imports and a warm-up.
 
     Args:
         mapped_bytes: weights that onnxruntime is going to map from a file, privately and writable, and twice: the
             limit counts both mappings, though their pages stay the file's and are resident once.
+        touched_bytes: how many of them are going to be resident; None: all.
 
     Raises:
         BudgetBroken: it is beyond it already.
@@ -160,11 +163,12 @@ def limit_memory(budget_bytes: int | None, mapped_bytes: int = 0) -> None:
     if budget_bytes is None or not limits.supported():
         return
     now = usage()
-    limit = limits.data_limit_for(budget_bytes - mapped_bytes, now)
+    touched_bytes = mapped_bytes if touched_bytes is None else touched_bytes
+    limit = limits.data_limit_for(budget_bytes - touched_bytes, now)
     if limit < now.data_bytes:
         raise BudgetBroken(
             f"comparing needs more than the {format_bytes(budget_bytes)} that the budget leaves for it: "
-            f"{format_bytes(now.resident_bytes + mapped_bytes)} without room to compute in",
+            f"{format_bytes(now.resident_bytes + touched_bytes)} without room to compute in",
             "Give a larger budget.",
         )
     limits.set_data_limit(limit + 2 * mapped_bytes)
@@ -195,6 +199,15 @@ def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, N
 
 def _stream(what: int, block: int) -> Stream:
     return Stream(_SEED, Purpose.EVALUATION_NOISE, 1 + what, block)
+
+
+def language_cases(spec: Spec) -> Iterator[NDArray[np.int64]]:
+    """Tokens (n, length) of everything that is compared of a language model."""
+    model = spec.language
+    for number, (count, length) in enumerate(LANGUAGE_SHAPES):
+        some = min(length, model.max_length)
+        draws = uniform(_stream(_TOKENS, number), 0, count, some)
+        yield (draws * model.vocab_size).astype(np.int64)
 
 
 OUTPUTS: Mapping[bool, tuple[str, str]] = {False: ("logits", "denoised"), True: ("logits", "sigma_max_logits")}

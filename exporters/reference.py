@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from devices.meter import usage
 from edgetrain.noise import euler_coefficients
 from edgetrain.session import Session
-from edgetrain.spec import Spec
+from edgetrain.spec import LanguageModelSpec, Spec
 from edgetrain.stages import Stage, stages_of_block
 from edgetrain.store import disk
 from exporters import parity
@@ -110,6 +110,12 @@ def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: 
     """
     digest = session.store.digest()
     outputs = io.BytesIO()
+    if isinstance(session.spec.model, LanguageModelSpec):
+        with parity.memory_errors(budget_bytes):
+            _language(session, outputs, budget_bytes)
+            disk.write_fully(descriptor, outputs.getbuffer(), 0)
+        parity.check_peak(usage().peak_bytes, budget_bytes)
+        return parity.Reference(descriptor, digest, usage().peak_bytes)
     with parity.memory_errors(budget_bytes):
         _warm_up(session.spec)
         parity.limit_memory(budget_bytes)
@@ -125,6 +131,18 @@ def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: 
         disk.write_fully(descriptor, outputs.getbuffer(), 0)
     parity.check_peak(usage().peak_bytes, budget_bytes)
     return parity.Reference(descriptor, digest, usage().peak_bytes)
+
+
+def _language(session: Session, outputs: io.BytesIO, budget_bytes: int | None) -> None:
+    """The logits of a language model, one layer in memory at a time."""
+    import devices
+    from edgetrain.inference import LanguageModel, SessionWeights
+
+    model = LanguageModel(SessionWeights(session), devices.open_device("cpu"))
+    model.warm_up()
+    parity.limit_memory(budget_bytes)
+    for tokens in parity.language_cases(session.spec):
+        np.save(outputs, model.logits(tokens))
 
 
 def _warm_up(spec: Spec) -> None:

@@ -130,7 +130,7 @@ class Predictor:
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # before the next one is loaded
             self._loaded = (file, open_model(self._folder / file, self._num_threads))
-        with _model_errors(self._folder / file):
+        with model_errors(self._folder / file):
             outputs: list[Floats] = self._loaded[1].run(None, dict(inputs))
         rows, classes = len(inputs["images"]), self.manifest.num_classes
         second = classes if self.manifest.single_file else self.manifest.width
@@ -168,7 +168,7 @@ def open_model(path: Path, num_threads: int) -> InferenceSession:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
-    with _model_errors(path):
+    with model_errors(path):
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -190,7 +190,7 @@ def import_onnxruntime() -> Any:
 
 
 @contextmanager
-def _model_errors(path: Path) -> Iterator[None]:
+def model_errors(path: Path) -> Iterator[None]:
     """onnxruntime raises classes of its own that have no common base below Exception."""
     try:
         yield

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from edgetrain.checkpoint import convert
 from edgetrain.errors import UsageError
 from edgetrain.session import Session
 from edgetrain.stages import stages_of_block
@@ -32,16 +36,27 @@ _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A float32 tensor of the session, by the name it has in an export: STAGE.TENSOR."""
+class Part:
+    """Where some of a tensor's rows are: from ``offset`` on in the section of a stage's role, stored as ``dtype``."""
 
-    name: str
-    shape: tuple[int, ...]
-    nbytes: int
     stage: str
     role: str
     offset: int
-    """Of the first byte, in the section of the stage's role."""
+    nbytes: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the session, float32 in an export, by the name it has there: STAGE.TENSOR."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * math.prod(self.shape)
 
 
 class Weights:
@@ -53,10 +68,20 @@ class Weights:
         self._weights: dict[str, Weight] = {}
         stages = {s.name: s for block in range(session.spec.num_blocks) for s in stages_of_block(session.spec, block)}
         for stage in stages.values():
-            layout, role = stage.layout(session.shapes), "weight" if stage.trained else "frozen"
+            layout = session.layout(stage)
+            role = layout.roles[0].name
+            # The chunks of a table are one tensor outside.
+            whole, _, number = stage.name.partition(".")
+            owner = whole if whole in ("embedding", "output") and number.isdecimal() else stage.name
             for tensor in layout.tensors:
-                name, offset = f"{stage.name}.{tensor.name}", layout.offset(role, tensor.name)
-                self._weights[name] = Weight(name, tensor.shape, tensor.nbytes, stage.name, role, offset)
+                name, offset = f"{owner}.{tensor.name}", layout.offset(role, tensor.name)
+                part = Part(stage.name, role, offset, tensor.nbytes, tensor.dtype)
+                before = self._weights.get(name)
+                if before is None:
+                    self._weights[name] = Weight(name, tensor.shape, (part,))
+                else:
+                    rows = before.shape[0] + tensor.shape[0]
+                    self._weights[name] = Weight(name, (rows, *tensor.shape[1:]), (*before.parts, part))
 
     @property
     def shapes(self) -> dict[str, Sequence[int]]:
@@ -67,17 +92,23 @@ class Weights:
 
     def chunks(self, weight: Weight) -> Iterator[memoryview]:
         """The bytes in order; each chunk is gone when the next one is asked for."""
-        for done in range(0, weight.nbytes, _CHUNK_BYTES):
-            chunk = self._buffer[: weight.nbytes - done]
-            self._store.read(weight.stage, weight.role, chunk, weight.offset + done)
-            yield chunk
+        for part in weight.parts:
+            for done in range(0, part.nbytes, _CHUNK_BYTES):
+                chunk = self._buffer[: part.nbytes - done]
+                self._store.read(part.stage, part.role, chunk, part.offset + done)
+                yield chunk if part.dtype == "F32" else _widened(chunk, part.dtype)
+
+
+def _widened(chunk: memoryview, dtype: str) -> memoryview:
+    stored = np.frombuffer(chunk, {"F16": np.float16, "BF16": np.uint16}[dtype])
+    return convert(stored, dtype, "F32").view(np.uint8).data
 
 
 class Output:
     """A file written from start to end, its size and SHA-256 known at the end."""
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, fd: int, name: str) -> None:
+        self._fd, self.name = fd, name
         self._digest = hashlib.sha256()
         self.num_bytes = 0
 
@@ -96,7 +127,7 @@ class Output:
 def writing(path: Path, expected_bytes: int = 0) -> Iterator[Output]:
     """A new file; errors of the disk are explained, with ``expected_bytes`` as what was needed."""
     with disk.opened(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, expected_bytes) as fd:
-        yield Output(fd)
+        yield Output(fd, path.name)
 
 
 def write_safetensors(path: Path, weights: Weights, names: Iterable[str]) -> tuple[Output, dict[str, External]]:

@@ -26,10 +26,9 @@ _HF_NEEDED_BYTES = 8 << 20
     "--format",
     "kind",
     type=click.Choice(["onnx", "hf"]),
-    help="onnx, for classifiers; hf, for language models: a folder for transformers, or of an adapter one for peft.  "
-    "[onnx]",
+    help="onnx; hf, of a pretrained language model: a folder for transformers, or of an adapter one for peft.  [onnx]",
 )
-@click.option("--single-file", is_flag=True, help="onnx: one self-contained model.onnx, the chain unrolled.")
+@click.option("--single-file", is_flag=True, help="onnx: one model.onnx; of a classifier the chain unrolled.")
 @click.option("--merge", is_flag=True, help="hf: the whole model, with the LoRA adapter added to its weights.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="hf: the type of the weights.  [as imported]")
 @options.BUDGET
@@ -74,8 +73,6 @@ def _checked_format(spec: Spec, kind: str | None) -> str:
     """The format of the export; UsageError if the model has none, or not that one."""
     from edgetrain.spec import LanguageModelSpec, ModelSpec
 
-    if isinstance(spec.model, LanguageModelSpec) and kind != "hf":
-        raise UsageError("hf is the format that there is for language models for now", "Add --format hf.")
     if isinstance(spec.model, ModelSpec) and kind == "hf":
         raise UsageError("hf is a format of language models, and the session has a classifier", "Use --format onnx.")
     if not isinstance(spec.model, (LanguageModelSpec, ModelSpec)):

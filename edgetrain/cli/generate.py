@@ -83,7 +83,8 @@ def command(
     threads: int,
     as_json: bool,
 ) -> None:
-    """Text by the language model of a session, or of a Hugging Face folder DIR; images by a session's generator.
+    """Text by the language model of a session, of a Hugging Face folder DIR, or of an export to ONNX, without torch;
+    images by a session's generator.
 
     Layers that the budget has no room for are read again for each token; the text is the same. Without
     --memory-budget a session has the budget of its training, and of a folder all is in memory.
@@ -98,6 +99,8 @@ def command(
       edgetrain generate my-masked --prompt "In the [MASK:9] God created"
     """
     options.check_device(device)
+    from edgetrain.cli.exported import is_exported
+    from edgetrain.cli.exported import write as write_exported
     from edgetrain.spec import ModelSpec, TextModelSpec
 
     generator = _session_of(model, ModelSpec)
@@ -115,6 +118,9 @@ def command(
         from edgetrain.cli.texts import write
 
         write(writer, prompt, (temperature, top_p, seed), max_tokens, steps, budget, device, threads, as_json)
+        return
+    if is_exported(model):
+        write_exported(model, prompt, chat, (temperature, top_p, seed), max_tokens, budget, threads, as_json)
         return
     _write(model, prompt, chat, (temperature, top_p, seed), max_tokens, budget, device, threads, as_json)
 

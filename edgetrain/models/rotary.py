@@ -6,41 +6,15 @@ The tables are no state of any module: layers are skeletons bound again and agai
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from edgetrain.spec import LanguageModelSpec, TextModelSpec
+from edgetrain.architectures import Rotary, inverse_frequencies
 
 Tables = tuple[Tensor, Tensor]
-Rotary = LanguageModelSpec | TextModelSpec
-
-
-def inverse_frequencies(model: Rotary, device: torch.device | None = None) -> Tensor:
-    """theta_i (head_dim / 2), float32, in transformers' order of operations (arXiv 2104.09864, equation 15)."""
-    exponents = torch.arange(0, model.head_dim, 2, dtype=torch.float32, device=device) / model.head_dim
-    frequencies = 1.0 / (model.rope_theta**exponents)
-    if isinstance(model, TextModelSpec):
-        return frequencies
-    if model.rope_scaling == "linear":
-        return frequencies / model.rope_factor
-    if model.rope_scaling == "llama3":
-        return _llama3(model, frequencies)
-    return frequencies
-
-
-def _llama3(model: LanguageModelSpec, frequencies: Tensor) -> Tensor:
-    """Short wavelengths as they are, long ones stretched by the factor, a smooth passage between (Llama 3.1)."""
-    low, high, length = model.rope_low_freq_factor, model.rope_high_freq_factor, model.rope_original_length
-    wavelengths = 2 * math.pi / frequencies
-    stretched = frequencies / model.rope_factor
-    smooth = (length / wavelengths - low) / (high - low)
-    between = (1 - smooth) * stretched + smooth * frequencies
-    scaled = torch.where(wavelengths > length / low, stretched, between)
-    return torch.where(wavelengths < length / high, frequencies, scaled)
 
 
 @functools.lru_cache(maxsize=4)
@@ -51,7 +25,8 @@ def tables(model: Rotary, length: int, offset: int, dtype: torch.dtype, device: 
     """
     with torch.inference_mode(False):  # the cache outlives the caller's mode
         positions = torch.arange(offset, offset + length, dtype=torch.float32, device=device)
-        angles = (positions[:, None] * inverse_frequencies(model, device))[:, None]
+        frequencies = torch.from_numpy(inverse_frequencies(model)).to(device)
+        angles = (positions[:, None] * frequencies)[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -1,0 +1,135 @@
+"""Garments of Fashion-MNIST, generated: blocks trained alone beside the same diffusion transformer trained as a whole.
+
+The weighted square error of a denoised pixel at six noise levels (each level by the block that owns it), and a Frechet
+distance between generated and test images, on the features of a small classifier that this script trains: not an FID.
+Equal steps for each block are equal layer evaluations in training; in sampling a step runs 1 / B of the layers.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from common import edgetrain, progress, report
+from quality import Arm, Scores, Study, difference, quality_parser, split_train_set
+
+_USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
+_BASE = {"model.width": 64, "model.patch": 4, "train.visit_steps": 100}
+_LRS = (2e-3,)
+ARMS = [
+    Arm("end to end, 6 layers", _BASE | {"train.objective": "exact"}, lrs=_LRS),
+    Arm("end to end, 2 layers", _BASE | {"train.objective": "exact", "model.depth": 2,
+                                         "diffusion_blocks.num_blocks": 1}, lrs=_LRS, seeds=1),
+    Arm("calibrated, B=2", _BASE | {"diffusion_blocks.num_blocks": 2}, lrs=_LRS),
+    Arm("calibrated, B=3", _BASE, lrs=_LRS),
+    Arm("paper, B=3", _BASE | {"diffusion_blocks.preset": "paper"}, lrs=_LRS, seeds=1),
+]  # fmt: skip
+_GAP = 2  # pixels between two images of a grid
+
+
+def features(session: Path, images: Any) -> Any:
+    """What a trained classifier knows of images (n, 1, 28, 28): its token after the last layer, (n, width)."""
+    import numpy as np
+    import torch
+
+    import devices
+    from edgetrain.data import to_float
+    from edgetrain.sampling import Classifier
+    from edgetrain.session import Session
+
+    classifier = Classifier(Session.open(session), devices.open_device("cpu"), 500)
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(images), 500):
+            given = {"images": torch.from_numpy(to_float(images[start : start + 500]))}
+            boundary = classifier.network.enter(classifier._load(classifier.stages.stem), given)
+            for unit in classifier.stages.layers:
+                boundary = classifier.network.layer(classifier._load(unit), boundary)
+            found.append(boundary.carried["tokens"][:, 0].numpy())
+    return np.concatenate(found).astype(np.float64)
+
+
+def frechet(a: Any, b: Any) -> float:
+    """|mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, width)."""
+    import numpy as np
+
+    covariances = [np.cov(one, rowvar=False) for one in (a, b)]
+    roots = np.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0) ** 0.5
+    apart = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(apart + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots.sum())
+
+
+def cut(grid: Path, columns: int, size: int = 28) -> Any:
+    """The images of a grid, row by row."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(grid))
+    rows = (pixels.shape[0] + _GAP) // (size + _GAP)
+    places = [(r * (size + _GAP), c * (size + _GAP)) for r in range(rows) for c in range(columns)]
+    return np.stack([pixels[top : top + size, left : left + size] for top, left in places])[:, None]
+
+
+def main() -> None:
+    made = quality_parser(__doc__)
+    made.add_argument("--data", type=Path, default=Path(os.environ.get("EDGETRAIN_FASHION_MNIST", _USUAL_FOLDER)))
+    made.add_argument("--images", type=int, default=1000, help="how many are generated for the distance")
+    options = made.parse_args()
+    steps = options.steps or (20 if options.quick else 4000)
+    num_images = 40 if options.quick else options.images
+    seeds = range(1 if options.quick else options.seeds)
+    folder = options.folder.resolve()
+    threads = ["--threads", str(options.threads)]
+    choosing, testing = split_train_set(options.data, folder, 10_000)
+    judge = folder / "judge"
+    arguments = [] if (judge / "session.json").exists() else [
+        "--recipe", "vit-fashion-mnist", "--data", str(choosing), "--memory-budget", "1GiB", "--set",
+        "train.objective=exact", "--steps", "20" if options.quick else "2000",
+    ]  # fmt: skip
+    edgetrain(folder, "train", str(judge), *arguments, *threads, timeout_s=1e5).require()
+
+    from edgetrain.data import open_dataset
+
+    def score(data: Path, generates: bool) -> Any:
+        def scored(folder: Path, session: Path) -> Scores:
+            found = edgetrain(folder, "evaluate", str(session), "--data", str(data), *threads, timeout_s=1e5).require()
+            rows = found.value["results"]
+            scores = {f"error {row['sigma']:.2g}": row["weighted"] for row in rows}
+            scores["error"] = sum(row["weighted"] for row in rows) / len(rows)
+            if generates:
+                import numpy as np
+
+                grid = folder / "grid.png"
+                command = ["generate", str(session), "--to", str(grid), "--count", str(num_images), "--guidance", "2"]
+                edgetrain(folder, *command, *threads, timeout_s=1e5).require()
+                real, _ = open_dataset(str(data), "test", folder).read(np.arange(num_images))
+                scores["frechet"] = frechet(features(judge, cut(grid, 10)), features(judge, real))
+            return scores
+
+        return scored
+
+    study = Study(
+        options.folder, "dit-fashion-mnist", choosing, steps, "1GiB", options.threads, best="error", maximise=False
+    )  # fmt: skip
+    study.run(ARMS, seeds, score(choosing, False), score(testing, True))
+    levels = [name for name in study.at(ARMS[0], "test")[0].scores if name.startswith("error ")]
+    notes = []
+    for arm in ARMS[1:]:
+        for metric in ("error", "frechet"):
+            values, whole = ([one.scores[metric] for one in study.at(which, "test")] for which in (arm, ARMS[0]))
+            notes.append(f"{arm.name}, {metric}: {difference(values, whole, 4)} against end to end with 6 layers")
+    progress("scored")
+    report(
+        options.out, f"Generating Fashion-MNIST, {steps} steps a block, {len(seeds)} seeds",
+        ["arm", "lr", "steps", "validation error at 1/4, 1/2, 1", "error", *levels, "Frechet", "training s"],
+        list(study.rows(ARMS, ["error", *levels, "frechet"], 4)), *notes,
+        "error: EDM's weighted square error of a pixel, the mean of six noise levels; Frechet distance on the features "
+        f"of a small classifier, {num_images} images, 50 steps, guidance 2",
+    )  # fmt: skip
+    if options.figure is not None:
+        study.figure(ARMS, "Generating Fashion-MNIST, validation", "weighted square error", options.figure)
+
+
+if __name__ == "__main__":
+    main()
