@@ -298,7 +298,7 @@ def smallest_budget_bytes(spec: Spec, probe: Probe, activations: str | None) -> 
 def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int) -> str:
     """The one setting that lowers the smallest budget most."""
     knobs: dict[str, Spec] = {}
-    if spec.num_blocks < spec.model.depth:
+    if spec.num_blocks < spec.model.depth and spec.model.family != "recurrent":
         method = replace(spec.diffusion_blocks, num_blocks=spec.model.depth)
         knobs[f"diffusion_blocks.num_blocks={spec.model.depth}"] = replace(spec, diffusion_blocks=method)
     if spec.train.micro_batch > 1:

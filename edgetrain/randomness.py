@@ -53,7 +53,7 @@ def words(stream: Stream, first_sample: int, num_samples: int, words_per_sample:
         counter=np.array([first_sample * blocks, 0, stream.step, stream.stage], np.uint64),
     )
     raw = np.asarray(generator.random_raw(num_samples * blocks * _WORDS_PER_BLOCK), np.uint64)
-    return raw.reshape(num_samples, -1)[:, :words_per_sample]
+    return raw.reshape(num_samples, blocks * _WORDS_PER_BLOCK)[:, :words_per_sample]
 
 
 def uniform(stream: Stream, first_sample: int, num_samples: int, size: int = 1) -> NDArray[np.float64]:

@@ -252,10 +252,6 @@ class DiffusionBlocksSpec:
     def __post_init__(self) -> None:
         _require(self.sigma_data >= 0, f"diffusion_blocks.sigma_data must be at least 0, it is {self.sigma_data}")
         _require(self.auxiliary >= 0, f"diffusion_blocks.auxiliary must be at least 0, it is {self.auxiliary}")
-        _require(
-            not (self.auxiliary and self.streams == 1),
-            "diffusion_blocks.auxiliary needs streams = 2: with one stream what is clean has seen the noise",
-        )
         self.noise  # noqa: B018  (checks the noise levels)
 
     @property
@@ -405,6 +401,16 @@ class Spec:
                 'Set train.objective to "exact".',
             )
             method = self.diffusion_blocks
+            _require(
+                not (method.auxiliary and method.streams == 1),
+                "diffusion_blocks.auxiliary needs streams = 2: with one stream what is clean has seen the noise",
+                "Set diffusion_blocks.auxiliary = 0, or streams = 2.",
+            )
+            _require(
+                method.head != "frozen",
+                "a frozen head reads nothing out: it begins at zero",
+                "Set diffusion_blocks.head to private or shared.",
+            )
             _require(
                 self.model.family != "dit" or (method.streams == 1 and method.skip and not method.auxiliary),
                 "an image is denoised by D = c_skip z + c_out F, in one stream and without an auxiliary loss",

@@ -190,7 +190,9 @@ class _Sizes:
         below = self.stages.stem.trained or any(unit.trained for unit in self.stages.embedding)
         first_trained = 0 if below else trains.index(True) if True in trains else len(trains)
         self.first_differentiated = max(first_trained, self.stages.backprop_from)
+        # Forward and backward; below the first that is differentiated forward alone.
         self._uses = Counter(self.stages.layers)
+        self._uses_backward = Counter(self.stages.layers[self.first_differentiated :])
 
     def _layouts(self, units: Iterable[Unit]) -> list[list[StageLayout]]:
         """Those of each sort of unit."""
@@ -262,7 +264,7 @@ class _Sizes:
         """Gradients that wait for others: of a tied table for the embedding's, of a layer for its earlier uses', or of
         all for their norm."""
         tied = sum(self._trained[unit] for unit in self.stages.embedding) if self._tied_trained else 0
-        tied += sum(self._trained[unit] for unit, uses in self._uses.items() if uses > 1)
+        tied += sum(self._trained[unit] for unit, uses in self._uses_backward.items() if uses > 1)
         return tied + (self.trained_bytes if self.spec.optimizer.clip_over == "global" else 0)
 
     @property
@@ -288,11 +290,18 @@ class _Sizes:
         parts = self.spec.train.batch_size / n
         layers = self.stages.layers
         total = _seconds_at(probe.fixed_s, n)
-        first_kept = len(layers) - choice.kept_layers
+        first_kept = max(self.first_differentiated, len(layers) - choice.kept_layers)
         # Recomputing and offloading only add work, whatever noise the probe's clock had.
-        for units, policies in ((layers[first_kept:], {"keep"}), (layers[:first_kept], {"keep", choice.activations})):
+        ways = (
+            (layers[first_kept:], {"keep"}),
+            (layers[self.first_differentiated : first_kept], {"keep", choice.activations}),
+        )
+        for units, policies in ways:
             for kind, count in Counter(unit.kind for unit in units).items():
                 total += count * max(_seconds_at(probe.layers[kind].seconds[policy], n) for policy in policies)
+        for kind, count in Counter(unit.kind for unit in layers[: self.first_differentiated]).items():
+            recompute, keep = (_seconds_at(probe.layers[kind].seconds[one], n) for one in ("recompute", "keep"))
+            total += count * max(recompute - keep, keep / 4)  # forward alone
         if self.stages.output:
             policies = {"keep", choice.logits}
             total += len(self.stages.output) * max(_seconds_at(probe.chunk_s[policy], n) for policy in policies)
@@ -320,7 +329,7 @@ class _Sizes:
             total += batch * self._logits_bytes
         if choice.resident:
             return total
-        again = sum(max(0, uses - 2) * self._trained[unit] for unit, uses in self._uses.items())
+        again = sum(max(0, uses - 2) * self._trained[unit] for unit, uses in self._uses_backward.items())
         return total + self._spilled_bytes + again
 
     def written_bytes(self, choice: StreamedChoice, seconds: float) -> int:

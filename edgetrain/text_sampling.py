@@ -25,7 +25,7 @@ from edgetrain.generation import Sampling, choose
 from edgetrain.models import autoregressive, build_family, build_network, recurrent
 from edgetrain.models.attention import KeyValue
 from edgetrain.models.base import Boundary, network_input
-from edgetrain.models.masked import masked_logits
+from edgetrain.models.masked import hidden, masked_logits, texts
 from edgetrain.models.recurrent import first_state
 from edgetrain.models.text import TextNetwork
 from edgetrain.noise import euler_coefficients, masking_block
@@ -44,7 +44,8 @@ _WARM_UP_TOKENS = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a text: ``nats`` a token, and the standard error of that over the examples. ``is_bound``: at most so much."""
+    """Of a text: ``nats`` a token, and the standard error of that over the examples, not a number if there is one.
+    ``is_bound``: at most so much."""
 
     readout: str
     nats: float
@@ -131,10 +132,9 @@ class TextModel(Batched):
 
     # ---------------------------------------------------------------------------------------------------- what it costs
 
-    @property
-    def chunk_examples(self) -> int:
+    def chunk_examples(self, draws: int) -> int:
         """How many pass a block together, for ``CHUNK_BYTES``."""
-        return max(1, CHUNK_BYTES // (4 * self.spec.text.length * self.model.width))
+        return max(1, CHUNK_BYTES // (4 * draws * self.spec.text.length * self.model.width))
 
     def costs(self, dataset: TextDataset, num_steps: int, draws: int, limit: int | None = None) -> list[Cost]:
         """What the examples of a text cost, a token.
@@ -147,14 +147,14 @@ class TextModel(Batched):
         num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
         found: dict[str, list[NDArray[np.float64]]] = {}
         weight: list[NDArray[np.float64]] = []
-        for start in range(0, num_examples, self.chunk_examples):
-            indices = np.arange(start, min(start + self.chunk_examples, num_examples))
+        chunk = self.chunk_examples(1 if self.model.family == "masked" else draws)
+        for start in range(0, num_examples, chunk):
+            indices = np.arange(start, min(start + chunk, num_examples))
             tokens, targets, weights = dataset.read(indices)
             if self.model.family == "masked":
-                counts = np.ones(tokens.shape, bool)
-                counts[:, 1:] = weights[:, :-1] > 0
-                work = self._masked_work(tokens, counts, start, draws * self.spec.num_blocks)
-                weight.append(counts.sum(1).astype(np.float64))
+                tokens, weights = texts(tokens, targets, weights)
+                work = self._masked_work(tokens, weights > 0, start, draws * self.spec.num_blocks)
+                weight.append((weights > 0).sum(1).astype(np.float64))
             else:
                 work = self._next_token_work(tokens, targets, weights, start, num_steps, draws)
                 weight.append(weights.sum(1).astype(np.float64))
@@ -231,11 +231,16 @@ class TextModel(Batched):
         a, b = euler_coefficients(sigma, following)
         return a * z + b * (logits.softmax(-1) @ self.modules.rows), logits
 
-    def _denoiser(self, tokens: Tensor) -> Denoiser:
-        """For tokens (n, length), of the block that is loaded. What depends on the tokens alone is computed once."""
-        return self._recurrent_denoiser(tokens) if self.model.family == "recurrent" else self._ar_denoiser(tokens)
+    def _denoiser(self, tokens: Tensor, last: bool = False) -> Denoiser:
+        """For tokens (n, length), of the block that is loaded. What depends on the tokens alone is computed once.
+        ``last``: logits of the last token alone."""
+        if self.model.family == "recurrent":
+            return self._recurrent_denoiser(tokens, last)
+        if self.spec.diffusion_blocks.streams == 1:
+            return self._one_stream_denoiser(tokens, last)
+        return self._ar_denoiser(tokens)
 
-    def _recurrent_denoiser(self, tokens: Tensor) -> Denoiser:
+    def _recurrent_denoiser(self, tokens: Tensor, last: bool) -> Denoiser:
         stem = cast(recurrent.Stem, self.modules.stem)
         injected = stem.injected(tokens)
 
@@ -244,7 +249,7 @@ class TextModel(Batched):
             boundary = Boundary({"state": scaled_z}, {"injected": injected, "condition": stem.condition(c_noise)})
             for layer in self.modules.layers:
                 boundary = layer(boundary)
-            return read_out(self.spec, self.modules.head, boundary, z, sigma)
+            return read_out(self.spec, self.modules.head, boundary, z, sigma, last)
 
         return logits
 
@@ -252,8 +257,6 @@ class TextModel(Batched):
         """With ``caches``, one for each layer, the tokens follow on what these hold, and only the last is denoised."""
         stem = cast(autoregressive.Stem, self.modules.stem)
         layers = cast(Sequence[autoregressive.Layer], self.modules.layers)
-        if self.spec.diffusion_blocks.streams == 1:
-            return self._one_stream_denoiser(tokens)
         boundary = stem.clean(tokens)
         clean, constant = boundary.carried["clean"], boundary.context["clean_condition"]
         seen = []
@@ -272,14 +275,14 @@ class TextModel(Batched):
 
         return logits
 
-    def _one_stream_denoiser(self, tokens: Tensor) -> Denoiser:
+    def _one_stream_denoiser(self, tokens: Tensor, last: bool) -> Denoiser:
         """Where clean tokens have the condition of the noisy ones, they depend on sigma."""
 
         def logits(z: Tensor, sigma: Tensor) -> Tensor:
             boundary: Boundary = self.modules.stem(tokens, *network_input(z, sigma, self.spec.sigma_data))
             for layer in self.modules.layers:
                 boundary = layer(boundary)
-            return read_out(self.spec, self.modules.head, boundary, z, sigma)
+            return read_out(self.spec, self.modules.head, boundary, z, sigma, last)
 
         return logits
 
@@ -288,7 +291,9 @@ class TextModel(Batched):
         scale = np.float32((1 + self.spec.diffusion_blocks.noise.sigma_max**2) ** 0.5)
         return scale * first_state(stream, first, shape, self.model.width)
 
-    def _whole_logits(self, tokens: NDArray[np.int64], first: int, caches: Sequence[KeyValue] | None = None) -> Tensor:
+    def _whole_logits(
+        self, tokens: NDArray[np.int64], first: int, caches: Sequence[KeyValue] | None = None, last: bool = False
+    ) -> Tensor:
         """Of a next-token model that was trained as a whole: tokens (n, length) -> (n, length, vocab_size)."""
         network = cast(TextNetwork, self.modules._network)
         batch = {"tokens": self._tensor(tokens)}
@@ -303,7 +308,7 @@ class TextModel(Batched):
                 clean, constant = boundary.carried["clean"], boundary.context["clean_condition"]
                 clean, _ = cast(autoregressive.Layer, layer).clean(clean, constant, caches[number])
                 boundary = boundary.advance({"clean": clean})
-        return network.logits(self.modules.head, boundary)
+        return network.logits(self.modules.head, boundary, last)
 
     @torch.no_grad()
     def _unmasking(
@@ -316,15 +321,15 @@ class TextModel(Batched):
             offset = uniform(Stream(seed, Purpose.EVALUATION_NOISE, 1, level), start, len(tokens))[:, 0]
             t = (level + offset) / levels
             draws = uniform(Stream(seed, Purpose.EVALUATION_NOISE, 2, level), start, len(tokens), tokens.shape[1])
-            hidden = draws < t[:, None]
+            is_masked = draws < t[:, None]
             if counts is not None:
-                hidden &= counts
+                is_masked &= counts
+            given = hidden(tokens, is_masked, self.model.vocab_size)
             self.modules.load(masking_block(self.spec.num_blocks, (level + 0.5) / levels))
             for part in self.parts(len(tokens)):
-                given = np.where(hidden[part], self.model.vocab_size, tokens[part])
-                logits = self._masked_logits(given, t[part])
-                each = _negative_log(logits, self._tensor(tokens[part]))
-                total[part] += (each * hidden[part]).sum(1) / t[part] / levels
+                logits = self._masked_logits(given[part], t[part])
+                each = _negative_log(logits, self._tensor(np.maximum(tokens[part], 0)))
+                total[part] += (each * is_masked[part]).sum(1) / t[part] / levels
         return total
 
     def _masked_logits(self, tokens: NDArray[np.int64], t: NDArray[np.float64]) -> Tensor:
@@ -379,7 +384,7 @@ class Context:
         if model.spec.is_exact:
             caches = self._cache(0) if model.model.family == "ar" else None
             given = tokens if caches is not None else self._tokens
-            logits = model._whole_logits(given[None], 0, caches)
+            logits = model._whole_logits(given[None], 0, caches, last=True)
         else:
             logits = self._chain(tokens)
         last: NDArray[np.float32] = logits[0, -1].cpu().numpy()
@@ -405,14 +410,14 @@ class Context:
         model = self._model
         if model.model.family == "ar" and model.spec.diffusion_blocks.streams == 2:
             return model._ar_denoiser(model._tensor(tokens[None]), self._cache(block))
-        whole = model._denoiser(model._tensor(self._tokens[None]))
+        whole = model._denoiser(model._tensor(self._tokens[None]), last=True)
         # Before the last one stand the rows of tokens that are known, as noisy as in training.
         known = torch.nn.functional.embedding(model._tensor(self._tokens[None, 1:]), model.modules.rows)
         eps = normal(Stream(self._seed, Purpose.EVALUATION_NOISE), 0, known.shape[1], model.model.width)
         noise = model._tensor(eps[None])
 
         def logits(z: Tensor, sigma: Tensor) -> Tensor:
-            return whole(torch.cat([known + sigma[:, None, None] * noise, z], 1), sigma)[:, -1:]
+            return whole(torch.cat([known + sigma[:, None, None] * noise, z], 1), sigma)
 
         return logits
 
@@ -420,7 +425,9 @@ class Context:
         """Keys and values of the block's clean tokens, with room for as many as have been read."""
         model = self._model
         layers = model.spec.layers_of(block)
-        held = self._caches.setdefault(block, [self._room(2 * len(self._tokens)) for _ in layers])
+        if block not in self._caches:
+            self._caches[block] = [self._room(2 * len(self._tokens)) for _ in layers]
+        held = self._caches[block]
         if held[0].keys.shape[2] < len(self._tokens):
             self._caches[block] = held = [_grown(one, self._room(2 * len(self._tokens))) for one in held]
         return held
@@ -446,6 +453,8 @@ def _negative_log(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:
 def _cost(name: str, each: NDArray[np.float64], weight: NDArray[np.float64]) -> Cost:
     """``each``: the cost of each example, ``weight``: the tokens of each that count."""
     mean = float(each.sum() / weight.sum())
+    n = len(each)
     residuals = each - mean * weight  # of a ratio of sums
-    error = math.sqrt(float((residuals**2).sum())) / float(weight.sum())
+    square = float((residuals**2).sum()) * n / max(1, n - 1)
+    error = math.sqrt(square) / float(weight.sum()) if n > 1 else math.nan
     return Cost(name, mean, error, name not in ("sigma_max", "whole"))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgetrain.checkpoint.files import copy_tokenizer, read_object
+from edgetrain.checkpoint.files import MAX_FILE_BYTES, copy_tokenizer, read_object
 from edgetrain.data.tokenizer import TOKENIZER
 from edgetrain.errors import BadInput
 from edgetrain.store.disk import make_folder, replace_file
@@ -24,11 +24,13 @@ def vocabulary_size(tokenizer: str) -> int:
     if tokenizer == BYTES:
         return 257
     folder = _folder(tokenizer)
-    found = read_object(folder, TOKENIZER)
-    vocabulary: Any = found.get("model", {}).get("vocab", {}) if isinstance(found.get("model"), dict) else {}
+    found = read_object(folder, TOKENIZER, MAX_FILE_BYTES)
+    model, added = found.get("model"), found.get("added_tokens")
+    vocabulary: Any = model.get("vocab") if isinstance(model, dict) else None
     # A dictionary of ids, or of unigrams a list of pairs.
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-    ids += [token.get("id") for token in found.get("added_tokens", []) if isinstance(token, dict)]
+    ids: list[Any] = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += range(len(vocabulary)) if isinstance(vocabulary, list) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     if not ids or any(type(number) is not int or number < 0 for number in ids):
         raise BadInput(f"{folder / TOKENIZER} has no vocabulary", "Copy the tokenizer's files again.")
     return 1 + max(ids)

@@ -171,7 +171,7 @@ def test_the_recipes_that_are_promised_exist():
     "changes",
     [
         {},
-        {"diffusion_blocks.preset": "paper", "diffusion_blocks.head": "frozen"},
+        {"diffusion_blocks.preset": "paper", "diffusion_blocks.stem": "frozen"},
         {"model.image_shape": [3, 32, 32], "model.num_classes": 100, "optimizer.eps": 1e-8, "optimizer.lr": 3e-17},
         {"data.source": 'a "quoted" \\ path\twith\nlines \x7f and ümlaut', "data.flip": True, "train.seed": 2**63 - 1},
     ],

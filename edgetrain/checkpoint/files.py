@@ -71,7 +71,7 @@ def file_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_object(folder: Path, name: str) -> dict[str, Any]:
+def read_object(folder: Path, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a file of the folder.
 
     Raises:
@@ -80,8 +80,8 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
     path = file_inside(folder, name)
     with reading(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise BadInput(f"{path} has {size} bytes, and no {name} more than {MAX_JSON_BYTES}")
+        if size > max_bytes:
+            raise BadInput(f"{path} has {size} bytes, and no {name} more than {max_bytes}")
         text = file.read(size)
     try:
         value = json.loads(text)

@@ -224,16 +224,17 @@ def _text_model(
     results: list[dict[str, Any]] = []
     for number in loops:
         steps = euler_steps or number or spec.num_blocks
-        model = TextModel(session, opened, micro_batch, number if spec.is_exact else None)
+        model = TextModel(session, opened, micro_batch, (number or euler_steps) if spec.is_exact else None)
         model.warm_up()
         with model.within(budget, "evaluating examples"):
             costs = model.costs(dataset, steps, draws, limit)
         results += [
-            {"metric": "bits_per_token", "readout": cost.readout, "value": cost.bits, "error": cost.bits_error,
+            {"metric": "bits_per_token", "readout": cost.readout, "value": cost.bits, "error": _finite(cost.bits_error),
              "nats": cost.nats, "is_bound": cost.is_bound, "split": part}
-            | ({"loops": number} if number else {})
+            | ({"loops": number or euler_steps} if spec.model.family == "recurrent" else {})
             for cost in costs if cost.readout != "sigma_max" or number in (None, 1)
         ]  # fmt: skip
+        del model  # before the next one takes buffers of its own
     num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
     peak = meter.usage().peak_bytes
     value = {
@@ -244,7 +245,8 @@ def _text_model(
     def lines() -> str:
         rows = [
             f"{r['readout'] + (f', {number} runs' if (number := r.get('loops')) else ''):22} "
-            f"{'at most ' if r['is_bound'] else ''}{r['value']:.4f} bits a token, give or take {r['error']:.4f}"
+            f"{'at most ' if r['is_bound'] else ''}{r['value']:.4f} bits a token"
+            + ("" if r["error"] is None else f", give or take {r['error']:.4f}")
             for r in results
         ]
         return "\n".join([
@@ -254,6 +256,11 @@ def _text_model(
     options.emit(value, as_json, lines)
 
 
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
+
+
 def _loops(trained: int) -> list[int | None]:
-    """How many runs of a recurrent core are compared: powers of two up to twice those of training."""
-    return [2**i for i in range((2 * trained).bit_length())]
+    """How many runs of a recurrent core are compared: powers of two up to twice those of training, and these."""
+    return sorted({trained, *(2**i for i in range((2 * trained).bit_length()))})

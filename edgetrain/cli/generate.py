@@ -55,7 +55,7 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    help="Euler steps of an image or a token, or steps of unmasking.  [50; one a block; one a masked token]",
+    help="Euler steps of an image or a token, or steps of unmasking.  [50; 1; one for each masked token]",
 )
 @click.option(
     "--guidance", type=click.FloatRange(0), callback=_finite, default=2.0, show_default=True,
@@ -116,6 +116,9 @@ def command(
         raise UsageError("there is no text to go on from", "Give it by --prompt.")
     if (writer := _session_of(model, TextModelSpec)) is not None:
         from edgetrain.cli.texts import write
+
+        if chat:
+            raise UsageError("--chat is there for pretrained models with a chat template", "Leave it out.")
 
         write(writer, prompt, (temperature, top_p, seed), max_tokens, steps, budget, device, threads, as_json)
         return

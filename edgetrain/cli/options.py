@@ -126,19 +126,22 @@ def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="edgetrain.", dir=os.environ.get("TMPDIR", "/var/tmp"))
 
 
-def with_shapes(spec: Spec) -> tuple[Spec, tuple[str, ...]]:
-    """The spec with the shapes that its data decides, and the names of the classes.
+def with_shapes(spec: Spec, needs_data: bool = True) -> tuple[Spec, tuple[str, ...]]:
+    """The spec with the shapes that its data decides, and the names of the classes. Without ``needs_data`` a text need
+    not be there.
 
     Before there is a session: nothing is left of the look.
     """
+    from edgetrain.data.documents import find_source
     from edgetrain.spec import TextModelSpec
     from edgetrain.vocabulary import vocabulary_size
 
     if isinstance(spec.model, TextModelSpec):
-        if not spec.text.source:
-            raise UsageError(
-                "there is no text to train on", "Name it: --data TEXT.txt, a folder of texts, or a .jsonl."
-            )
+        if spec.text.source:
+            find_source(spec.text.source)
+        elif needs_data:
+            hint = "Name it: --data TEXT.txt, a folder of texts, or CHATS.jsonl."
+            raise UsageError("there is no text to train on", hint)
         return replace(spec, model=replace(spec.model, vocab_size=vocabulary_size(spec.model.tokenizer))), ()
     with temporary_folder() as scratch:
         spec, dataset = open_data(spec, "train", Path(scratch))

@@ -57,7 +57,7 @@ def command(
     else:
         if budget is None:
             raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")
-        spec, _ = options.with_shapes(options.new_spec(recipe or "", data, None, assignments))
+        spec, _ = options.with_shapes(options.new_spec(recipe or "", data, None, assignments), needs_data=False)
         plan = planning.make_plan(
             spec, probed(spec, device, threads, budget, activations), budget, threads, activations
         )

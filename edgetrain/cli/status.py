@@ -20,6 +20,7 @@ def command(session: Path, as_json: bool) -> None:
     Example:
       edgetrain status my-session --json
     """
+    from edgetrain.noise import masking_band
     from edgetrain.session import Session
     from edgetrain.stages import group_of_block
 
@@ -33,7 +34,11 @@ def command(session: Path, as_json: bool) -> None:
             "layers": list(spec.layers_of(block)), "skipped": list(progress.skipped),
             "micro_batches": [list(entry) for entry in progress.micro_batches],
         }  # fmt: skip
-        blocks.append(row if spec.is_exact else {**row, "sigma": list(spec.diffusion_blocks.noise.band(block))})
+        if spec.model.family == "masked" and not spec.is_exact:
+            row["t"] = list(masking_band(spec.num_blocks, block))
+        elif not spec.is_exact:
+            row["sigma"] = list(spec.diffusion_blocks.noise.band(block))
+        blocks.append(row)
     steps = [row["step"] for row in blocks]
     complete = all(step >= spec.train.steps for step in steps)
     value = {
@@ -53,8 +58,9 @@ def command(session: Path, as_json: bool) -> None:
                 counts = (f"{value[f'{which}_parameters'] / 1e6:.1f} M {which}" for which in ("trained", "frozen"))
                 rows.append("  ".join([step, ended, *counts]))
             else:
-                low, high = row["sigma"]
-                rows.append(f"block {row['block']}  {step}  sigma {low:.4g}..{high:.4g}  {ended}")
+                noise = "t" if "t" in row else "sigma"
+                low, high = row[noise]
+                rows.append(f"block {row['block']}  {step}  {noise} {low:.4g}..{high:.4g}  {ended}")
         return "\n".join([*rows, f"{value['status']}  digest {value['digest']}"])
 
     options.emit(value, as_json, text)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from edgetrain.cli import options
 from edgetrain.errors import UsageError
 
@@ -47,6 +49,9 @@ def write(
     if not len(tokens):
         raise UsageError("the prompt has no tokens", "Give a word to begin with: --prompt Once")
     ends = generation.end_tokens(session.model_files, text)
+    total, trained_length = len(tokens) + (0 if is_masked else max_tokens), spec.text.length
+    if total > trained_length:
+        click.echo(f"{total} tokens are more than the {trained_length} that the model was trained on", err=True)
     return_freed_memory()
     options.start_torch(threads)
     import devices
@@ -84,9 +89,8 @@ def _after(
 ) -> Iterator[int]:
     from edgetrain.generation import generate
 
-    spec = model.spec
-    usual = spec.text_model.loops if spec.model.family == "recurrent" else spec.num_blocks
-    context = model.context(steps or usual, sampling.seed)
+    # One step gives the distribution of the next token; a longer chain draws from it by its own noise.
+    context = model.context(steps or 1, sampling.seed)
     return generate(context.read, tokens, max_tokens, ends, sampling)
 
 

@@ -150,6 +150,7 @@ class AutoregressiveNetwork(TextNetwork):
         boundary: Boundary = stem(batch["tokens"])
         return boundary
 
-    def logits(self, head: nn.Module, boundary: Boundary) -> Tensor:
-        logits: Tensor = head(boundary.carried["clean"], boundary.context["clean_condition"])
+    def logits(self, head: nn.Module, boundary: Boundary, last: bool = False) -> Tensor:
+        clean = boundary.carried["clean"]
+        logits: Tensor = head(clean[:, -1:] if last else clean, boundary.context["clean_condition"])
         return logits

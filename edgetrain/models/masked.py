@@ -56,6 +56,25 @@ class Masked(TextFamily):
         return TextHead(model) if kind == "head" else Layer(model)
 
 
+def texts(
+    tokens: NDArray[np.int64], targets: NDArray[np.int64], weights: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Inputs, next tokens and their weights as a data set gives them, each (n, length) -> the texts, -1 where there is
+    padding, and the weight of each token of theirs: a first token counts if the one after it does."""
+    length = tokens.shape[1]
+    whole = np.concatenate([tokens[:, :1], targets], 1)[:, :length]
+    own = np.concatenate([weights[:, :1], weights], 1)[:, :length]
+    # Padding is what comes after the last that counts: no text ends in what does not.
+    last = length - 1 - np.argmax(own[:, ::-1] > 0, 1)
+    is_padding = np.arange(length)[None] > np.where((own > 0).any(1), last, -1)[:, None]
+    return np.where(is_padding, -1, whole), own
+
+
+def hidden(tokens: NDArray[np.int64], is_masked: NDArray[np.bool_], mask: int) -> NDArray[np.int64]:
+    """Texts (n, length) with ``mask`` where they are masked, and in place of padding: it tells nothing."""
+    return np.where(is_masked | (tokens < 0), mask, tokens)
+
+
 class MaskedBatches:
     """What examples of a step are made of: a pure function of the counters."""
 
@@ -64,12 +83,12 @@ class MaskedBatches:
 
     def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
         """tokens, some of them masked, and targets, what they were, (count, length); t (count,) in the block's band,
-        spread evenly over the batch; and the weights of targets (count, length), 1 / t where one is masked, over the
-        tokens of a batch."""
+        spread evenly over the batch; and the weights of targets (count, length), 1 / t where one is masked, divided by
+        the number of tokens of the batch that count."""
         train = self.spec.train
-        targets, _, weights = self.batches(block, step, first, count)
-        counts = np.ones(targets.shape, bool)
-        counts[:, 1:] = weights[:, :-1] > 0  # what was no target is padding, or a prompt
+        given, following, all_weights = self.batches(block, step, first, count)
+        targets, weights = texts(given, following, all_weights)
+        counts = weights > 0
         low, high = masking_band(self.num_blocks, block)
         offset = uniform(Stream(train.seed, Purpose.SIGMA, block, step), 0, 1)[0, 0]
         place = (offset + np.arange(first, first + count) / train.batch_size) % 1.0
@@ -77,10 +96,10 @@ class MaskedBatches:
         draws = uniform(Stream(train.seed, Purpose.NOISE, block, step), first, count, targets.shape[1])
         is_masked = (draws < t[:, None]) & counts
         return {
-            "tokens": np.where(is_masked, self.spec.text_model.vocab_size, targets),
-            "targets": targets,
+            "tokens": hidden(targets, is_masked, self.spec.text_model.vocab_size),
+            "targets": np.maximum(targets, 0),
             "t": t.astype(np.float32),
-            "weights": (is_masked / (t[:, None] * train.batch_size * targets.shape[1])).astype(np.float32),
+            "weights": (is_masked * weights / t[:, None]).astype(np.float32),
         }
 
 
@@ -102,7 +121,7 @@ class MaskedNetwork(TextNetwork):
         boundary: Boundary = stem(batch["tokens"], batch["t"])
         return boundary
 
-    def logits(self, head: nn.Module, boundary: Boundary) -> Tensor:
+    def logits(self, head: nn.Module, boundary: Boundary, last: bool = False) -> Tensor:
         return masked_logits(head, boundary)
 
 

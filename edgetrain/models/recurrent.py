@@ -113,8 +113,9 @@ class RecurrentNetwork(TextNetwork):
         boundary: Boundary = stem(batch["tokens"], batch["state"])
         return boundary
 
-    def logits(self, head: nn.Module, boundary: Boundary) -> Tensor:
-        logits: Tensor = head(head.network_output(boundary), boundary.context["condition"])  # type: ignore[operator]
+    def logits(self, head: nn.Module, boundary: Boundary, last: bool = False) -> Tensor:
+        output = head.network_output(boundary)  # type: ignore[operator]
+        logits: Tensor = head(output[:, -1:] if last else output, boundary.context["condition"])
         return logits
 
 

@@ -157,8 +157,8 @@ class TextNetwork(Network):
         advanced: Boundary = layer(boundary)
         return advanced
 
-    def logits(self, head: nn.Module, boundary: Boundary) -> Tensor:
-        """(n, tokens, vocab_size)."""
+    def logits(self, head: nn.Module, boundary: Boundary, last: bool = False) -> Tensor:
+        """(n, tokens, vocab_size); with ``last`` of the last token alone."""
         raise NotImplementedError
 
     def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:

@@ -187,9 +187,14 @@ def enter(spec: Spec, stem: nn.Module, given: Tensor, z: Tensor, sigma: Tensor) 
     return boundary
 
 
-def read_out(spec: Spec, head: nn.Module, boundary: Boundary, z: Tensor, sigma: Tensor) -> Tensor:
-    """Logits (n, ..., classes) of the last boundary: from D = c_skip z + c_out F with ``skip``, else from F."""
+def read_out(  # noqa: PLR0917
+    spec: Spec, head: nn.Module, boundary: Boundary, z: Tensor, sigma: Tensor, last: bool = False
+) -> Tensor:
+    """Logits (n, ..., classes) of the last boundary: from D = c_skip z + c_out F with ``skip``, else from F. ``last``:
+    of the last token alone."""
     output = head.network_output(boundary)  # type: ignore[operator]
+    if last:
+        output, z = output[:, -1:], z[:, -1:]
     if spec.diffusion_blocks.skip:
         c_skip, c_out, _ = (c.view(-1, *[1] * (z.ndim - 1)) for c in noise.preconditioning(sigma, spec.sigma_data))
         output = c_skip * z + c_out * output
