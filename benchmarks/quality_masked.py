@@ -13,7 +13,7 @@ from quality import Arm, Study, difference, quality_parser, split_text, text_sco
 
 _BASE = {"model.width": 64, "train.batch_size": 16, "train.visit_steps": 20}
 _EXACT = _BASE | {"train.objective": "exact"}
-_LRS = (3e-3,)
+_LRS = (1e-3,)
 ARMS = [
     Arm("end to end, 6 layers", _EXACT, lrs=_LRS),
     Arm("end to end, 2 layers", _EXACT | {"model.depth": 2, "diffusion_blocks.num_blocks": 1}, lrs=_LRS),

@@ -78,6 +78,27 @@ def normal(stream: Stream, first_sample: int, num_samples: int, size: int) -> ND
     return out[:, :size]
 
 
+def normal_part(stream: Stream, size: int, first: int, count: int) -> NDArray[np.float32]:
+    """Values ``first`` .. ``first + count - 1`` of ``normal(stream, 0, 1, size)[0]``, in the memory of so many."""
+    half = -(-size // 2)
+    out = np.empty(count, np.float32)
+    for is_upper in (False, True):
+        start, end = max(first, half * is_upper), min(first + count, size if is_upper else half)
+        if start < end:
+            out[start - first : end - first] = _half(stream, start - half * is_upper, end - start, is_upper)
+    return out
+
+
+def _half(stream: Stream, first: int, count: int, is_upper: bool) -> NDArray[np.float32]:
+    """Of the words from ``first`` on, what they give to the first half of a sample's values, or to the second."""
+    block, skipped = divmod(first, _WORDS_PER_BLOCK)
+    num_blocks = -(-(skipped + count) // _WORDS_PER_BLOCK)
+    raw = words(stream, block, num_blocks, _WORDS_PER_BLOCK).reshape(-1)[skipped : skipped + count]
+    radius = np.sqrt(-2.0 * np.log(((raw >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32))
+    angle = ((raw & np.uint64(0xFFFFFFFF)).astype(np.float64) + 0.5) * (2.0 * np.pi * 2.0**-32)
+    return (radius * (np.sin(angle) if is_upper else np.cos(angle))).astype(np.float32)
+
+
 def permute(stream: Stream, positions: NDArray[np.int64], length: int) -> NDArray[np.int64]:
     """Where a pseudo-random permutation of ``range(length)`` sends each of ``positions``.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from edgetrain.engine import Trainer
 
 _LOG_EVERY_S = 1.0
+_DRAWN_ELEMENTS = 1 << 18
 _OWN_STEP_BYTES = 1 << 20
 
 
@@ -65,11 +67,9 @@ def create(
 
     ``dataset``: a stack that is no function in a file.
     """
-    import numpy as np
-
     from edgetrain.models import build_family, build_network
     from edgetrain.objectives.diffusion_blocks import codebook_rows
-    from edgetrain.randomness import Purpose, Stream, normal
+    from edgetrain.randomness import Purpose, Stream, normal_part
     from edgetrain.vocabulary import put_tokenizer
 
     if isinstance(spec.model, StackSpec):
@@ -79,14 +79,22 @@ def create(
         return Session.create(path, spec, stack.shapes, stack.initial, class_names)
     made = build_network(spec, None) if spec.is_exact else build_family(spec)
 
-    def initial(stage: Stage, tensor: TensorSpec) -> list[Any]:
+    def initial(stage: Stage, tensor: TensorSpec) -> Iterator[Any]:
         names = sorted(probe.shapes[stage.kind])
-        purpose = Purpose.CODEBOOK if stage.kind == "codebook" else Purpose.INIT
+        is_codebook = stage.kind == "codebook"
+        purpose = Purpose.CODEBOOK if is_codebook else Purpose.INIT
         stream = Stream(spec.train.seed, purpose, stage.index, names.index(tensor.name))
-        normals = normal(stream, 0, 1, int(np.prod(tensor.shape))).reshape(tensor.shape)
-        if stage.kind == "codebook":
-            return [codebook_rows(normals)]
-        return [made.initialise(stage.kind, tensor.name, normals)]
+        # Of a matrix some rows at a time: it may be larger than the budget. The first part has all orthogonal rows.
+        size, (height, *inner) = math.prod(tensor.shape), tensor.shape
+        width = math.prod(inner)
+        rows = max(width, _DRAWN_ELEMENTS // width) if len(inner) == 1 else height
+        for first in range(0, height, rows):
+            count = min(rows, height - first)
+            normals = normal_part(stream, size, first * width, count * width).reshape(count, *inner)
+            if is_codebook:
+                yield codebook_rows(normals, orthogonal=not first)
+            else:
+                yield made.initialise(stage.kind, tensor.name, normals)
 
     def prepare() -> None:
         if isinstance(spec.model, TextModelSpec):

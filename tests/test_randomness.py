@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from edgetrain.randomness import Purpose, Stream, normal, permute, uniform, words
+from edgetrain.randomness import Purpose, Stream, normal, normal_part, permute, uniform, words
 
 STREAM = Stream(12345, Purpose.NOISE, 2, 7)
 
@@ -141,3 +141,17 @@ def test_permutations_of_many_epochs_reach_every_place():
     places = [int(permute(Stream(0, Purpose.ORDER, 0, epoch), np.array([0]), 8)[0]) for epoch in range(800)]
     counts = np.bincount(places, minlength=8)
     assert ((counts - 100) ** 2 / 100).sum() < 24.3, "chi squared, 7 degrees of freedom, p = 0.001"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 9, 1000, 1001])
+def test_parts_of_normals_are_those_of_the_whole(size):
+    stream = Stream(3, Purpose.INIT, 5, 7)
+    whole = normal(stream, 0, 1, size)[0]
+    for first in (0, 1, 3, size // 2, size - 1):
+        for count in (1, 4, 5, size):
+            if first + count <= size:
+                np.testing.assert_array_equal(normal_part(stream, size, first, count), whole[first : first + count])
+
+
+def test_nothing_is_drawn_of_nothing():
+    assert normal(Stream(0, Purpose.NOISE), 0, 0, 5).shape == (0, 5)

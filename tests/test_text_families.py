@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import devices
+from edgetrain import training
 from edgetrain.activations import Keep
 from edgetrain.blockwise import build_modules
 from edgetrain.data.batches import TextBatches
@@ -273,6 +274,16 @@ def test_the_order_of_visits_and_their_length_change_no_bit(family: str, tmp_pat
         new_session(tmp_path / str(number), spec)
         states.append(state(train_on(tmp_path / str(number), cast(Any, Cycling())).session))
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_initial_values_do_not_depend_on_how_they_are_drawn(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = small(family, model__vocab_size=100)
+    whole = new_session(tmp_path / "whole", spec)
+    monkeypatch.setattr(training, "_DRAWN_ELEMENTS", 1)  # as many rows as a matrix is wide
+    assert new_session(tmp_path / "parts", spec).store.digest() == whole.store.digest()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -42,12 +42,12 @@ class Codebook(nn.Module):
         return F.normalize(self.rows, dim=1)
 
 
-def codebook_rows(normals: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Unit rows from unit normals (classes, width): orthonormal where the width has room for that many."""
+def codebook_rows(normals: NDArray[np.float32], orthogonal: bool = True) -> NDArray[np.float32]:
+    """Unit rows from unit normals (classes, width): with ``orthogonal``, orthonormal where the width has room."""
     num_classes, width = normals.shape
     rows = normals.astype(np.float64)
     for i in range(num_classes):
-        if i < width:  # Gram-Schmidt, twice for accuracy; plain loops give equal bits on every machine
+        if orthogonal and i < width:  # Gram-Schmidt, twice for accuracy; plain loops give equal bits on every machine
             for _ in range(2):
                 for j in range(i):
                     rows[i] -= (rows[i] * rows[j]).sum() * rows[j]
