@@ -28,7 +28,7 @@ def run(request: parity.Request) -> dict[str, Any]:
     layouts = [] if manifest.single_file else largest_block(session.spec, session.shapes)
     import_onnxruntime()
     parity.limit_memory(request.budget_bytes, sum(layout.section_bytes(layout.roles[0].name) for layout in layouts))
-    names = parity.OUTPUTS[manifest.single_file]
+    names = parity.outputs(session.spec, manifest.single_file)
     references = io.BytesIO(parity.read_all(request.descriptor))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     opened, model = "", None

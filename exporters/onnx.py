@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -25,7 +25,7 @@ from edgetrain.errors import BadInput, SessionLocked, UsageError
 from edgetrain.session import Session
 from edgetrain.spec import LanguageModelSpec, ModelSpec
 from edgetrain.store import disk
-from exporters import language, vit
+from exporters import dit, language, vit
 from exporters.graph import External
 from exporters.manifest import (
     MANIFEST,
@@ -155,7 +155,7 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
         _emit_language(session, weights, folder, digest, single_file)
         return
     files = _single(session, weights, folder, digest) if single_file else _blocks(session, weights, folder, digest)
-    spec = session.spec
+    spec, schedule = session.spec, session.spec.diffusion_blocks.noise
     Manifest(
         family=spec.model.family,
         digest=digest,
@@ -164,7 +164,7 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
         image_shape=cast("tuple[int, int, int]", spec.image_model.image_shape),
         class_names=session.class_names,
         width=spec.image_model.width,
-        schedule=spec.diffusion_blocks.noise,
+        schedule=replace(schedule, num_blocks=spec.num_blocks),
         files=files,
     ).write(folder)
 
@@ -196,12 +196,13 @@ def _emit_language(session: Session, weights: Weights, folder: Path, digest: str
 
 def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
     spec = session.spec
-    graphs = [vit.denoiser(spec, block, weights.shapes) for block in range(spec.num_blocks)]
+    denoiser = dit.denoiser if spec.model.family == "dit" else vit.denoiser
+    graphs = [denoiser(spec, block, weights.shapes) for block in range(spec.num_blocks)]
     used = dict.fromkeys(name for graph in graphs for name in graph.weights())
     out, places = write_safetensors(folder / WEIGHTS, weights, used)
     files = {WEIGHTS: FileRecord(out.num_bytes, out.sha256)}
     for block, graph in enumerate(graphs):
-        low, high = spec.diffusion_blocks.noise.band(block)
+        low, high = replace(spec.diffusion_blocks.noise, num_blocks=spec.num_blocks).band(block)
         properties = {"block": str(block), "sigma_low": repr(low), "sigma_high": repr(high)}
         path = folder / block_file(block)
         files[path.name] = _write(path, graph.model(_properties(session, digest) | properties, __version__, places))

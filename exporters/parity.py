@@ -11,9 +11,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -179,17 +179,25 @@ def read_all(descriptor: int) -> bytes:
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
 
-def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, NDArray[np.float32]]]]:
+def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, NDArray[Any]]]]:
     """(file, batch size, inputs by name) of everything that is compared; ``sigma`` as a block meets it."""
-    schedule, width, image_shape = spec.diffusion_blocks.noise, spec.image_model.width, spec.image_model.image_shape
-    files = [MODEL] if single_file else [block_file(block) for block in range(schedule.num_blocks)]
+    schedule = replace(spec.diffusion_blocks.noise, num_blocks=spec.num_blocks)
+    width, image_shape, num_classes = spec.image_model.width, spec.image_model.image_shape, spec.image_model.num_classes
+    files = [MODEL] if single_file else [block_file(block) for block in range(spec.num_blocks)]
     for block, file in enumerate(files):
         for count in BATCH_SIZES:
             images = uniform(_stream(_IMAGES, block), 0, count, int(np.prod(image_shape))) * 2 - 1
             unit = normal(_stream(_STATE, block), 0, count, width)
-            inputs = {"images": images.astype(np.float32).reshape(count, *image_shape)}
+            inputs: dict[str, NDArray[Any]] = {"images": images.astype(np.float32).reshape(count, *image_shape)}
             if single_file:
                 inputs["noise"] = unit
+            elif spec.model.family == "dit":
+                uniforms = uniform(_stream(_SIGMA, block), 0, count)[:, 0]
+                sigma = np.array(schedule.draw(block, uniforms.tolist()), np.float32)
+                eps = normal(_stream(_STATE, block), 0, count, int(np.prod(image_shape))).reshape(count, *image_shape)
+                z = inputs.pop("images") + sigma[:, None, None, None] * eps
+                labels = np.arange(block, block + count) % (num_classes + 1)  # that of no class too, in time
+                inputs |= {"z": z, "sigma": sigma, "labels": labels}
             else:
                 uniforms = uniform(_stream(_SIGMA, block), 0, count)[:, 0]
                 sigma = np.array(schedule.draw(block, uniforms.tolist()), np.float32)
@@ -210,5 +218,8 @@ def language_cases(spec: Spec) -> Iterator[NDArray[np.int64]]:
         yield (draws * model.vocab_size).astype(np.int64)
 
 
-OUTPUTS: Mapping[bool, tuple[str, str]] = {False: ("logits", "denoised"), True: ("logits", "sigma_max_logits")}
-"""The names of the outputs, by whether the export is a single file."""
+def outputs(spec: Spec, single_file: bool) -> tuple[str, ...]:
+    """The names of what is compared."""
+    if spec.model.family == "dit":
+        return ("denoised",)
+    return ("logits", "sigma_max_logits") if single_file else ("logits", "denoised")

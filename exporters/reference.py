@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Floats = NDArray[np.float32]
-Outputs = tuple[Floats, Floats]
+Outputs = tuple[Floats, ...]
 
 
 class Model:
@@ -56,6 +56,25 @@ class Model:
             logits = self._map(head, partial(read_out, spec), zip(boundaries, z_, sigma_, strict=True))
             rows = self._module(codebook)()
             return [(one.numpy(), (F.softmax(one, dim=1) @ rows).numpy()) for one in logits]
+
+    def images(self, block: int, z: Sequence[Floats], sigma: Sequence[Floats], labels: Sequence[Any]) -> list[Outputs]:
+        """(denoised,) of one block of a generator, or of the whole, for each batch."""
+        import torch
+
+        from edgetrain.models.dit import denoised, enter
+
+        spec = self._session.spec
+        stem, *layers, head = stages_of_block(spec, block)
+        with torch.inference_mode():
+            z_, sigma_, labels_ = ([torch.from_numpy(one) for one in batches] for batches in (z, sigma, labels))
+            boundaries = self._map(stem, partial(enter, spec), zip(z_, sigma_, labels_, strict=True))
+            for layer in layers:
+                boundaries = self._map(layer, lambda module, boundary: module(boundary), zip(boundaries, strict=True))
+            made = self._map(head, lambda module, boundary: module(boundary), zip(boundaries, strict=True))
+            return [
+                (denoised(spec, output, noisy, level).numpy(),)
+                for output, noisy, level in zip(made, z_, sigma_, strict=True)
+            ]
 
     def chain(self, images: Sequence[Floats], noise: Sequence[Floats]) -> list[Outputs]:
         """(logits, sigma_max_logits) of as many Euler steps as blocks, for each batch."""
@@ -125,7 +144,13 @@ def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: 
             by_file.setdefault(file, []).append(inputs)
         for block, batches in enumerate(by_file.values()):
             given = {name: [inputs[name] for inputs in batches] for name in batches[0]}
-            for arrays in model.chain(**given) if single_file else model.block(block, **given):
+            if single_file:
+                computed = model.chain(**given)
+            elif session.spec.model.family == "dit":
+                computed = model.images(block, **given)
+            else:
+                computed = model.block(block, **given)
+            for arrays in computed:
                 for array in arrays:
                     np.save(outputs, array)
         disk.write_fully(descriptor, outputs.getbuffer(), 0)
@@ -149,7 +174,7 @@ def _warm_up(spec: Spec) -> None:
     """Runs every operation once on a model of the same kind that is next to nothing, for the libraries' own pages."""
     import torch
 
-    from edgetrain.models import build_family
+    from edgetrain.models import build_family, dit
     from edgetrain.objectives.diffusion_blocks import enter, read_out
 
     small = replace(
@@ -157,8 +182,12 @@ def _warm_up(spec: Spec) -> None:
     )
     family = build_family(small)
     with torch.inference_mode():
-        z, sigma = torch.ones(2, 8), torch.ones(2)
-        boundary = enter(small, family.build("stem"), torch.ones(2, 1, 2, 2), z, sigma)
-        read_out(small, family.build("head"), family.build("layer")(boundary), z, sigma)
+        z, sigma, images = torch.ones(2, 8), torch.ones(2), torch.ones(2, 1, 2, 2)
+        if spec.model.family == "dit":
+            boundary = dit.enter(small, family.build("stem"), images, sigma, torch.zeros(2, dtype=torch.int64))
+            dit.denoised(small, family.build("head")(family.build("layer")(boundary)), images, sigma)
+        else:
+            boundary = enter(small, family.build("stem"), images, z, sigma)
+            read_out(small, family.build("head"), family.build("layer")(boundary), z, sigma)
     with contextlib.suppress(RuntimeError):  # on purpose: the code of the error path takes pages too
         torch.empty(1 << 56, dtype=torch.uint8)

@@ -50,6 +50,8 @@ class Predictor:
 
     def __init__(self, folder: Path, num_threads: int = 1) -> None:
         self.manifest = Manifest.read(folder)
+        if self.manifest.family != "vit":
+            raise BadInput(f"{folder} is an export of a generator of images", "Use edgetrain generate.")
         self._folder = folder
         self._num_threads = num_threads
         self._loaded: tuple[str, InferenceSession] | None = None

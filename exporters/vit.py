@@ -62,53 +62,20 @@ def chain(spec: Spec, shapes: Shapes) -> Graph:
     return graph
 
 
-class _Block:
-    """Adds one block to a graph."""
+class Transformer:
+    """Adds parts of a vision transformer to a graph. ``stages``: the names of stem, layers and head."""
 
-    def __init__(self, graph: Graph, spec: Spec, block: int) -> None:
+    def __init__(self, graph: Graph, spec: Spec, stages: Sequence[str]) -> None:
         self.graph = graph
         self.spec = spec
-        self.codebook, self.stem, *self.layers, self.head = (stage.name for stage in stages_of_block(spec, block))
+        self.stem, *self.layers, self.head = stages
 
-    def run(self, images: str, z: str, sigma: str) -> tuple[str, str]:
-        """images (n, C, H, W), z (n, width), sigma (m,) -> logits (n, classes), denoised (n, width)."""
+    def noise(self, sigma: str) -> tuple[str, str, str]:
+        """sigma (m,) -> sigma, sigma^2 + sigma_data^2 and its root, each (m, 1)."""
         g = self.graph
-        sigma = g.op("Unsqueeze", sigma, g.ints(1))  # (m, 1)
+        sigma = g.op("Unsqueeze", sigma, g.ints(1))
         norm = g.op("Add", g.op("Mul", sigma, sigma), g.floats(self.spec.sigma_data**2))
-        root = g.op("Sqrt", norm)
-        with g.scope(self.stem):
-            noisy = g.linear(g.op("Div", z, root), f"{self.stem}.noisy")  # c_in * z
-            noisy = g.op("Unsqueeze", noisy, g.ints(1))  # (n, 1, width)
-            condition = self._condition(sigma)  # (m, width)
-            clean = self._clean_tokens(images)  # (n, patches, width)
-        if self.spec.diffusion_blocks.streams == 1:
-            output = self._one_stream(g.op("Concat", noisy, clean, axis=1), condition)
-        else:
-            output = self._two_streams(clean, noisy, condition)
-        output = g.op("Gather", output, g.ints(0), axis=1)
-        output = g.reshape(output, -1, self.spec.image_model.width)  # F, (n, width)
-        if self.spec.diffusion_blocks.skip:
-            output = self._preconditioned(output, z, sigma, norm, root)
-        logits = self._logits(output, condition)
-        return logits, self._denoised(logits)
-
-    def _one_stream(self, tokens: str, condition: str) -> str:
-        for layer in self.layers:
-            tokens, _ = self._layer(layer, tokens, 1 + self.spec.image_model.num_patches, condition)
-        return tokens
-
-    def _two_streams(self, clean: str, noisy: str, condition: str) -> str:
-        """What no output needs, the rest of the clean stream after the last keys and values, the graph drops."""
-        g = self.graph
-        with g.scope(self.stem):
-            constant = self._silu(g.weight(f"{self.stem}.clean_condition"))
-            constant = g.op("Unsqueeze", constant, g.ints(0))  # (1, width)
-        for layer in self.layers:
-            with g.scope("clean"):
-                clean, seen = self._layer(layer, clean, self.spec.image_model.num_patches, constant)
-            with g.scope("noisy"):
-                noisy, _ = self._layer(layer, noisy, 1, condition, seen)
-        return noisy
+        return sigma, norm, g.op("Sqrt", norm)
 
     def _clean_tokens(self, images: str) -> str:
         """(n, C, H, W) -> (n, patches, width)."""
@@ -120,14 +87,14 @@ class _Block:
         tokens = g.linear(patches, f"{self.stem}.patches", self.spec.image_model.num_patches)
         return g.op("Add", tokens, g.weight(f"{self.stem}.positions"))
 
-    def _condition(self, sigma: str) -> str:
-        """sigma (m, 1) -> SiLU of the condition, (m, width)."""
+    def _embedded_noise(self, sigma: str) -> str:
+        """sigma (m, 1) -> (m, width)."""
         g = self.graph
         c_noise = g.op("Div", g.op("Log", sigma), g.floats(4.0))
         angles = g.op("Mul", c_noise, g.floats(time_frequencies(), "time_frequencies"))
         features = g.op("Concat", g.op("Sin", angles), g.op("Cos", angles), axis=1)
         hidden = self._silu(g.linear(features, f"{self.stem}.time_in"))
-        return self._silu(g.linear(hidden, f"{self.stem}.time_out"))
+        return g.linear(hidden, f"{self.stem}.time_out")
 
     def _layer(
         self, layer: str, x: str, tokens: int, condition: str, seen: KeyValue | None = None
@@ -161,6 +128,62 @@ class _Block:
         c_out = g.op("Div", g.op("Mul", sigma, g.floats(sigma_data)), root)
         return g.op("Add", g.op("Mul", c_skip, z), g.op("Mul", c_out, output))
 
+    def _modulate(self, x: str, shift: str, scale: str) -> str:
+        """Layer norm without parameters of its own, then the condition's shift and scale."""
+        g = self.graph
+        ones = g.floats([1.0] * self.spec.image_model.width, "ones")
+        normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=_EPS)
+        return g.op("Add", g.op("Mul", normed, g.op("Add", scale, g.floats(1.0))), shift)
+
+    def _silu(self, x: str) -> str:
+        return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
+
+
+class _Block(Transformer):
+    """Adds one block to a graph."""
+
+    def __init__(self, graph: Graph, spec: Spec, block: int) -> None:
+        self.codebook, *stages = (stage.name for stage in stages_of_block(spec, block))
+        super().__init__(graph, spec, stages)
+
+    def run(self, images: str, z: str, sigma: str) -> tuple[str, str]:
+        """images (n, C, H, W), z (n, width), sigma (m,) -> logits (n, classes), denoised (n, width)."""
+        g = self.graph
+        sigma, norm, root = self.noise(sigma)
+        with g.scope(self.stem):
+            noisy = g.linear(g.op("Div", z, root), f"{self.stem}.noisy")  # c_in * z
+            noisy = g.op("Unsqueeze", noisy, g.ints(1))  # (n, 1, width)
+            condition = self._silu(self._embedded_noise(sigma))  # (m, width)
+            clean = self._clean_tokens(images)  # (n, patches, width)
+        if self.spec.diffusion_blocks.streams == 1:
+            output = self._one_stream(g.op("Concat", noisy, clean, axis=1), condition)
+        else:
+            output = self._two_streams(clean, noisy, condition)
+        output = g.op("Gather", output, g.ints(0), axis=1)
+        output = g.reshape(output, -1, self.spec.image_model.width)  # F, (n, width)
+        if self.spec.diffusion_blocks.skip:
+            output = self._preconditioned(output, z, sigma, norm, root)
+        logits = self._logits(output, condition)
+        return logits, self._denoised(logits)
+
+    def _one_stream(self, tokens: str, condition: str) -> str:
+        for layer in self.layers:
+            tokens, _ = self._layer(layer, tokens, 1 + self.spec.image_model.num_patches, condition)
+        return tokens
+
+    def _two_streams(self, clean: str, noisy: str, condition: str) -> str:
+        """What no output needs, the rest of the clean stream after the last keys and values, the graph drops."""
+        g = self.graph
+        with g.scope(self.stem):
+            constant = self._silu(g.weight(f"{self.stem}.clean_condition"))
+            constant = g.op("Unsqueeze", constant, g.ints(0))  # (1, width)
+        for layer in self.layers:
+            with g.scope("clean"):
+                clean, seen = self._layer(layer, clean, self.spec.image_model.num_patches, constant)
+            with g.scope("noisy"):
+                noisy, _ = self._layer(layer, noisy, 1, condition, seen)
+        return noisy
+
     def _logits(self, output: str, condition: str) -> str:
         g = self.graph
         with g.scope(self.head):
@@ -174,13 +197,3 @@ class _Block:
             rows = g.weight(f"{self.codebook}.rows")
             length = g.op("Max", g.op("ReduceL2", rows, g.ints(1), keepdims=1), g.floats(_TINY))
             return g.op("MatMul", g.op("Softmax", logits, axis=1), g.op("Div", rows, length))
-
-    def _modulate(self, x: str, shift: str, scale: str) -> str:
-        """Layer norm without parameters of its own, then the condition's shift and scale."""
-        g = self.graph
-        ones = g.floats([1.0] * self.spec.image_model.width, "ones")
-        normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=_EPS)
-        return g.op("Add", g.op("Mul", normed, g.op("Add", scale, g.floats(1.0))), shift)
-
-    def _silu(self, x: str) -> str:
-        return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))

@@ -59,6 +59,8 @@ def command(
 
     found = Session.open(session)
     kind = _checked_format(found.spec, kind)
+    if single_file and found.spec.model.family == "dit":
+        raise UsageError("a generator leaves as a graph for each block", "Leave --single-file out.")
     given = {"--single-file": single_file, "--merge": merge, "--dtype": dtype}
     for option in ("--merge", "--dtype") if kind == "onnx" else ("--single-file",):
         if given[option]:
@@ -77,9 +79,7 @@ def _checked_format(spec: Spec, kind: str | None) -> str:
         raise UsageError("hf is a format of language models, and the session has a classifier", "Use --format onnx.")
     if not isinstance(spec.model, (LanguageModelSpec, ModelSpec)):
         raise UsageError(f"there is no export of a model of the family {spec.model.family!r} for now")
-    if spec.model.family == "dit":
-        raise UsageError("there is no export of a generator of images for now", "See edgetrain generate.")
-    if isinstance(spec.model, ModelSpec) and spec.is_exact:
+    if spec.model.family == "vit" and spec.is_exact:
         raise UsageError("there is no export of a classifier that was trained by the exact objective for now")
     return kind or "onnx"
 

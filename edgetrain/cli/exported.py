@@ -16,6 +16,14 @@ def is_exported(folder: Path) -> bool:
     return (folder / MANIFEST).exists()
 
 
+def makes_images(folder: Path) -> bool:
+    """Whether there is an export of a generator of images."""
+    from exporters.manifest import Manifest, read
+
+    found = read(folder) if is_exported(folder) else None
+    return isinstance(found, Manifest) and found.family == "dit"
+
+
 def write(
     folder: Path,
     prompt: str,

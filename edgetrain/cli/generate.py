@@ -99,18 +99,22 @@ def command(
       edgetrain generate my-masked --prompt "In the [MASK:9] God created"
     """
     options.check_device(device)
-    from edgetrain.cli.exported import is_exported
+    from edgetrain.cli.exported import is_exported, makes_images
     from edgetrain.cli.exported import write as write_exported
     from edgetrain.spec import ModelSpec, TextModelSpec
 
     generator = _session_of(model, ModelSpec)
-    if generator is not None and generator.spec.model.family == "dit":
-        from edgetrain.cli.images import Wanted, paint
+    is_generator = generator is not None and generator.spec.model.family == "dit"
+    if is_generator or makes_images(model):
+        from edgetrain.cli.images import Wanted, paint, paint_exported
 
         if file is None:
             raise UsageError(f"{model} makes images", "Say where to: --to grid.png.")
         wanted = Wanted(file, count, classes, steps or _IMAGE_STEPS, guidance, seed)
-        paint(generator, wanted, budget, device, threads, as_json)
+        if generator is None:
+            paint_exported(model, wanted, budget, threads, as_json)
+        else:
+            paint(generator, wanted, budget, device, threads, as_json)
         return
     if prompt is None:
         raise UsageError("there is no text to go on from", "Give it by --prompt.")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetrain.cli import options
-from edgetrain.errors import DiskError, UsageError
+from edgetrain.errors import BudgetBroken, DiskError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,14 +35,10 @@ class Wanted:
 def paint(session: Session, wanted: Wanted, budget: int | None, device: str, threads: int, as_json: bool) -> None:
     """Writes a PNG with a grid of images, the classes in turn, as many columns as there are classes."""
     budget = options.saved_budget(session, budget)
-    chosen = _chosen(session, wanted.classes)
-    count = wanted.count or _OF_EACH_CLASS * len(chosen)
-    labels = [chosen[i % len(chosen)] for i in range(count)]
+    chosen, labels = _labels(session.class_names, wanted)
     options.start_torch(threads)
     import devices
-    from devices import meter
     from edgetrain.image_sampling import ImageSampler
-    from edgetrain.units import format_bytes
 
     spec = session.spec
     micro_batch = min(session.progress(block).micro_batch for block in range(spec.num_blocks))
@@ -50,18 +47,54 @@ def paint(session: Session, wanted: Wanted, budget: int | None, device: str, thr
     with sampler.within(budget, "generating images"):
         images = sampler.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
         _write(grid_of(images, len(chosen)), wanted.file)
+    _report(wanted, labels, budget, as_json)
+
+
+def paint_exported(folder: Path, wanted: Wanted, budget: int | None, threads: int, as_json: bool) -> None:
+    """The same by an export to ONNX, without torch."""
+    from devices.limits import prepare_process
+
+    prepare_process(threads)
+    from devices import meter
+    from edgetrain.units import format_bytes
+    from exporters.image_runtime import ImageGenerator
+
+    generator = ImageGenerator(folder, threads)
+    chosen, labels = _labels(generator.manifest.class_names, wanted)
+    images = generator.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
+    peak = meter.usage().peak_bytes
+    if budget is not None and peak > budget:
+        raise BudgetBroken(
+            f"generating took {format_bytes(peak)}, more than the budget of {format_bytes(budget)}",
+            "Raise --memory-budget, or generate fewer images at a time.",
+        )
+    _write(grid_of(images, len(chosen)), wanted.file)
+    _report(wanted, labels, budget, as_json)
+
+
+def _report(wanted: Wanted, labels: list[int], budget: int | None, as_json: bool) -> None:
+    from devices import meter
+    from edgetrain.units import format_bytes
+
     value: dict[str, Any] = {
-        "file": str(wanted.file), "images": count, "classes": labels, "steps": wanted.steps,
+        "file": str(wanted.file), "images": len(labels), "classes": labels, "steps": wanted.steps,
         "guidance": wanted.guidance, "seed": wanted.seed, "peak_bytes": meter.usage().peak_bytes,
         "budget_bytes": budget,
     }  # fmt: skip
-    peak = f"peak {format_bytes(value['peak_bytes'])} of {format_bytes(budget)}"
-    options.emit(value, as_json, lambda: f"{wanted.file}: {count} images; {peak}")
+    of_budget = "" if budget is None else f" of {format_bytes(budget)}"
+    peak = f"peak {format_bytes(value['peak_bytes'])}{of_budget}"
+    options.emit(value, as_json, lambda: f"{wanted.file}: {len(labels)} images; {peak}")
 
 
-def _chosen(session: Session, classes: str | None) -> list[int]:
+def _labels(names: Sequence[str], wanted: Wanted) -> tuple[list[int], list[int]]:
+    """The classes wanted, and that of each image."""
+    chosen = _chosen(names, wanted.classes)
+    count = wanted.count or _OF_EACH_CLASS * len(chosen)
+    return chosen, [chosen[i % len(chosen)] for i in range(count)]
+
+
+def _chosen(names: Sequence[str], classes: str | None) -> list[int]:
     """The classes wanted, by number."""
-    names = session.class_names
     if classes is None:
         return list(range(len(names)))
     chosen = []

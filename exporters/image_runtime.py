@@ -1,0 +1,62 @@
+"""Generates images with an exported generator and onnxruntime alone: no torch, one block in memory at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgetrain.errors import BadInput
+from edgetrain.noise import euler_coefficients
+from edgetrain.randomness import Purpose, Stream, normal
+from exporters.dit import OUTPUT
+from exporters.manifest import Manifest, block_file
+from exporters.runtime import model_errors, open_model
+
+_BATCH = 64
+
+
+class ImageGenerator:
+    """An export, opened.
+
+    Raises:
+        BadInput: the folder is no export of a generator, or a damaged one.
+    """
+
+    def __init__(self, folder: Path, num_threads: int = 1) -> None:
+        self.manifest = Manifest.read(folder)
+        if self.manifest.family != "dit":
+            raise BadInput(f"{folder} is an export of a classifier", "Use edgetrain predict.")
+        self._folder, self._num_threads = folder, num_threads
+
+    def generate(self, labels: Sequence[int], num_steps: int, guidance: float, seed: int) -> NDArray[np.uint8]:
+        """An image of each class in ``labels``, (n, C, H, W), as ``ImageSampler.generate`` makes them."""
+        shape = self.manifest.image_shape
+        grid = [*self.manifest.schedule.grid(num_steps), (0.0, -1)]
+        scale = np.float32((1 + grid[0][0] ** 2) ** 0.5)
+        noise = normal(Stream(seed, Purpose.SAMPLING), 0, len(labels), int(np.prod(shape)))
+        z = scale * noise.reshape(len(labels), *shape)
+        classes = np.array(labels, np.int64)
+        nobody = np.full_like(classes, self.manifest.num_classes)
+        for block in dict.fromkeys(block for _, block in grid[:-1]):
+            path = self._folder / block_file(block)
+            model = open_model(path, self._num_threads)
+            for (sigma, owner), (following, _) in itertools.pairwise(grid):
+                if owner != block:
+                    continue
+                a, b = (np.float32(one) for one in euler_coefficients(sigma, following))
+                for start in range(0, len(labels), _BATCH):
+                    part = slice(start, start + _BATCH)
+                    given = {"z": z[part], "sigma": np.full(len(z[part]), sigma, np.float32)}
+                    with model_errors(path):
+                        (found,) = model.run([OUTPUT], given | {"labels": classes[part]})
+                        if guidance != 1:
+                            (without,) = model.run([OUTPUT], given | {"labels": nobody[part]})
+                            found = without + np.float32(guidance) * (found - without)
+                    z[part] = a * z[part] + b * found
+            del model  # before the next one is loaded
+        images: NDArray[np.uint8] = np.clip(np.rint((z + 1) * 127.5), 0, 255).astype(np.uint8)
+        return images

@@ -1,0 +1,128 @@
+"""Generators of images as ONNX: each block computes what torch does, and the images are the session's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import devices
+from edgetrain.errors import BadInput
+from edgetrain.image_sampling import ImageSampler
+from edgetrain.models import build_family, build_network
+from edgetrain.session import Session
+from edgetrain.spec import Spec, resolve
+from edgetrain.stages import stages_of_block
+from exporters import parity
+from exporters.image_runtime import ImageGenerator
+from exporters.onnx import stage
+from exporters.reference import compute
+from exporters.runtime import Predictor, open_model
+from tests.exporters.common import random_weights
+from tests.test_importing import run_cli
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "blocks": {},
+    "paper, colour": {"diffusion_blocks.preset": "paper", "model.image_shape": [3, 4, 6], "model.patch": 2},
+    "one block": {"diffusion_blocks.num_blocks": 1},
+    "exact": {"train.objective": "exact"},
+}
+
+
+def spec_of(changes: dict[str, Any]) -> Spec:
+    base = {
+        "model": {"family": "dit", "width": 16, "depth": 3, "heads": 2, "patch": 4, "image_shape": [1, 8, 8],
+                  "num_classes": 10},
+        "diffusion_blocks": {"num_blocks": 2, "sigma_data": 0.7}, "train": {"micro_batch": 4, "seed": 3},
+    }  # fmt: skip
+    return resolve(base, changes)
+
+
+def make_session(path: Path, spec: Spec) -> Session:
+    """Random in every weight."""
+    build = build_network(spec, None).build if spec.is_exact else build_family(spec).build
+    with torch.device("meta"):
+        modules = {
+            one.kind: build(one.kind) for block in range(spec.num_blocks) for one in stages_of_block(spec, block)
+        }
+    shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in modules.items()}
+    return Session.create(path, spec, shapes, lambda stage, tensor: [random_weights(stage, tensor)])
+
+
+@pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
+def session(request, tmp_path) -> Session:
+    return make_session(tmp_path / "s", spec_of(request.param))
+
+
+def exported(session: Session, to: Path) -> Path:
+    with stage(session, to, False) as staged:
+        staged.publish()
+    return to
+
+
+def test_each_block_denoises_as_torch_does(session, tmp_path):
+    folder, spec = exported(session, tmp_path / "to"), session.spec
+    shape = spec.image_model.image_shape
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, *shape, generator=generator)
+    labels = torch.tensor([0, 4, spec.image_model.num_classes])
+    sampler = ImageSampler(session, devices.open_device("cpu"), 3)
+    for block in range(spec.num_blocks):
+        with torch.no_grad():
+            output = sampler._load(block)
+            for sigma in (0.01, 0.7, 40.0):
+                expected = sampler._denoised(output, z, sigma, labels.numpy()).numpy()
+                model = open_model(folder / f"block{block:02d}.onnx", 1)
+                given = {"z": z.numpy(), "sigma": np.full(3, sigma, np.float32), "labels": labels.numpy()}
+                (found,) = model.run(["denoised"], given)
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parity_is_compared_on_the_way(session, tmp_path):
+    with (tmp_path / "outputs").open("w+b") as file:
+        made = compute(session, False, file.fileno(), None)
+        with stage(session, tmp_path / "to", False) as staged:
+            rows = parity.check(session.path, staged.folder, made, None)
+            staged.publish()
+    assert {row["output"] for row in rows} == {"denoised"}
+    assert len(rows) == session.spec.num_blocks
+    assert all(row["passed"] and row["batch_sizes"] == [2, 5] for row in rows)
+
+
+def test_the_images_are_the_sessions(session, tmp_path):
+    folder = exported(session, tmp_path / "to")
+    labels = [3, 0, 9, 3, 5]
+    sampler = ImageSampler(session, devices.open_device("cpu"), 2)
+    for guidance in (1.0, 2.5):
+        expected = sampler.generate(labels, 6, guidance, 4)
+        found = ImageGenerator(folder).generate(labels, 6, guidance, 4)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+        assert expected.std() > 1
+    with pytest.raises(BadInput, match="edgetrain generate"):
+        Predictor(folder)
+
+
+def test_from_a_session_to_a_grid_without_torch(tmp_path):
+    make_session(tmp_path / "s", spec_of({}))
+    done = run_cli("export", tmp_path / "s", "--to", tmp_path / "to", "--memory-budget", "400MiB", "--json")
+    assert done.returncode == 0, done.stderr
+    grids = []
+    for model in (tmp_path / "s", tmp_path / "to"):
+        grid = tmp_path / f"{model.name}.png"
+        more = ["--memory-budget", "400MiB", "--steps", 3, "--classes", "1,2", "--count", 4, "--json"]
+        done = run_cli("generate", model, "--to", grid, *more)
+        assert done.returncode == 0, done.stderr
+        value = json.loads(done.stdout)
+        grids.append(grid.read_bytes()[:8])
+    assert value["images"] == 4
+    assert value["peak_bytes"] < 150 << 20
+    assert grids[0] == grids[1]
+    done = run_cli("export", tmp_path / "s", "--to", tmp_path / "one", "--single-file")
+    assert done.returncode == 2
+    assert "for each block" in done.stderr
