@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,11 +36,11 @@ from edgetrain.text_sampling import TextModel
 from edgetrain.training import create
 from edgetrain.vocabulary import END_OF_TEXT, put_tokenizer, vocabulary_size
 from tests import language_models as exact
+from tests.test_dit import run
 from tests.test_engine import state, train_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
 FAMILIES = ("masked", "ar", "recurrent")
 VOCABULARY, LENGTH = 20, 12
 TEXT = "In the beginning God created the heaven and the earth.\n" * 40
@@ -597,16 +593,6 @@ def test_the_blocks_of_unmasking_come_in_the_order_of_t(trained: dict[str, Sessi
 
 
 # ----------------------------------------------------------------------------------------------------- the commands
-
-
-def run(*arguments: object, exit_code: int = 0) -> dict[str, Any]:
-    start = "import sys; sys.argv[0] = 'edgetrain'; from edgetrain.cli.main import run; run()"
-    command = [sys.executable, "-c", start, *map(str, arguments), "--json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == exit_code, done.stderr + done.stdout
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 @pytest.mark.parametrize("objective", ["diffusion_blocks", "exact"])
