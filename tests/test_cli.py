@@ -270,7 +270,9 @@ def test_evaluate_has_a_row_for_each_readout(place, complete):
 def test_plan_predicts_by_owner(place, complete):
     plan = place.json("plan", "--recipe", place.recipe, "--memory-budget", BUDGET, "--threads", 1)
     assert sum(plan["owners"].values()) == plan["peak_bytes"] == complete["plan_peak_bytes"]
-    assert plan["choice"] == {"micro_batch": 8, "activations": "keep", "moments_resident": True}
+    assert plan["choice"] == {
+        "micro_batch": 8, "activations": "keep", "moments_resident": True, "keeps_freed": True
+    }  # fmt: skip
     assert plan["smallest_budget_bytes"] <= parse_bytes(BUDGET)
     assert place.json("plan", complete["session"], "--threads", 1)["peak_bytes"] == plan["peak_bytes"]
 

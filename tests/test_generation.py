@@ -553,7 +553,7 @@ def test_the_budget_holds_and_changes_no_text(large):
     told = ["generate", large.folder, "--prompt", "The quick", "--max-tokens", 12, "--temperature", 2, "--json"]
     free = json.loads(run(*told))
     assert (free["finish"], free["tokens"], free["budget_bytes"]) == ("length", 12, None)
-    budget = free["peak_bytes"] - (30 << 20)
+    budget = free["peak_bytes"] - (20 << 20)  # the runtime alone varies by some MiB of file pages
     tight = json.loads(run(*told, "--memory-budget", budget))
     assert tight["text"] == free["text"]
     assert tight["peak_bytes"] <= budget == tight["budget_bytes"]
