@@ -719,7 +719,9 @@ def test_less_memory_than_before_goes_on_with_smaller_micro_batches(place, tmp_p
     whole = [f"train.{name}=384" for name in ("batch_size", "micro_batch")] + ["model.patch=1"]
     settings = [word for setting in whole for word in ("--set", setting)]
     first = place.json(*place.train(path, "--visits", 1), *settings, "--activations", "keep")
-    less = ["--memory-budget", first["plan_peak_bytes"] - (16 << 20), *one]
+    # Less than the same needs without the holes of a heap.
+    holes = json.loads((path / "plan.json").read_text())["owners"].get("holes", 0)
+    less = ["--memory-budget", first["plan_peak_bytes"] - holes - (16 << 20), *one]
     assert place.json("plan", path, *less)["choice"]["micro_batch"] < 384
     done = place.json("train", path, *less, "--visits", 2)
     assert done["peak_bytes"] <= done["budget_bytes"] < first["peak_bytes"]
