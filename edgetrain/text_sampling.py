@@ -69,7 +69,7 @@ class _Parts:
         self._block: int | None = None
         if self.spec.is_exact:
             self._stages = exact_stages(self.spec)
-            self._network = build_network(self.spec, None)
+            self.network = build_network(self.spec, None)
             units = [[session.layout(stage) for stage in unit.stages] for unit in self._stages.units]
             core = len(self._stages.layers) // self.spec.text_model.loops
             is_looped = self.spec.model.family == "recurrent" and loops is not None
@@ -107,7 +107,7 @@ class _Parts:
         return self._modules.rows
 
     def _part(self, unit: Unit) -> nn.Module:
-        return bound(self.resident, self._session, self._network, unit)
+        return bound(self.resident, self._session, self.network, unit)
 
 
 class TextModel(Batched):
@@ -295,7 +295,7 @@ class TextModel(Batched):
         self, tokens: NDArray[np.int64], first: int, caches: Sequence[KeyValue] | None = None, last: bool = False
     ) -> Tensor:
         """Of a next-token model that was trained as a whole: tokens (n, length) -> (n, length, vocab_size)."""
-        network = cast(TextNetwork, self.modules._network)
+        network = cast(TextNetwork, self.modules.network)
         batch = {"tokens": self._tensor(tokens)}
         if self.model.family == "recurrent":
             stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE)

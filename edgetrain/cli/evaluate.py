@@ -163,7 +163,7 @@ def _language(
     found = evaluate_language(model, dataset, session.progress(0).micro_batch or 1, budget, limit)
     values = {"loss": found.loss, "perplexity": found.perplexity}
     results = [
-        {"metric": metric, "value": value if math.isfinite(value) else None, "split": part,
+        {"metric": metric, "value": _finite(value), "split": part,
          "num_examples": found.num_examples, "num_tokens": found.num_tokens}
         for metric, value in values.items()
     ]  # fmt: skip
