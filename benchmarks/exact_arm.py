@@ -75,12 +75,9 @@ def in_memory(folder: Path, session: Path, micro_batch: int, train: str) -> None
 
 def streamed(session: Path, plan: dict[str, Any]) -> None:
     """edgetrain's arm, within its budget."""
-    from devices import limits
+    from edgetrain.cli.options import start_torch
 
-    limits.prepare_process(1)
-    import torch
-
-    torch.set_num_threads(1)
+    start_torch(1)
     import devices
     from edgetrain import engine as engines
     from edgetrain.data.text import open_text

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ from devices.limits import without_block_cache
 
 _ARM = Path(__file__).with_name("exact_arm.py")
 _COMMIT_EVERY_S = 60.0
+
+Case = tuple[str, int, Sequence[str], str]
+"""Recipe, sequences a step, budgets, and what is computed in."""
+
+CASES: dict[str, Case] = {
+    "finetune-4": ("finetune", 4, ["320MiB", "1000MiB", "6GiB"], "fp32"),
+    "finetune-16": ("finetune", 16, ["320MiB"], "fp32"),
+    "lora-4": ("lora", 4, ["320MiB"], "fp32"),
+    "finetune-4-bf16": ("finetune", 4, ["320MiB"], "bf16"),
+}
 
 
 def commit_s(session: Path) -> float:
@@ -73,9 +84,11 @@ class Arm:
         self._process.wait()
 
 
-def measure(home: Path, recipe: str, sequences: int, budgets: list[str], rounds: int) -> list[list[object]]:
+def measure(home: Path, case: Case, budgets: Sequence[str], rounds: int) -> list[list[object]]:
     """A row for each arm."""
+    recipe, sequences, _, compute = case
     changes = {"train.batch_size": sequences, "train.steps": 100000, "optimizer.warmup": 0.0, "optimizer.lr": 1e-5}
+    changes["exact.compute"] = compute
     session = home / f"{recipe}-{sequences}"
     told = ["--recipe", recipe, "--data", str(king_james()), *settings(changes)]
     edgetrain(home, "import", str(smollm2()), str(session), *told).require()
@@ -120,7 +133,8 @@ def measure(home: Path, recipe: str, sequences: int, budgets: list[str], rounds:
             rate *= 1 - share
             plan_peak = mib(found[2]["plan_peak_bytes"])
         same = rates["in memory, 1 at once"]
-        rows.append([recipe, sequences, arm.name, f"{rate:.1f}", f"{rate / best:.3f}", f"{rate / same:.3f}",
+        kind = recipe if compute == "fp32" or found is None else f"{recipe}, {compute}"
+        rows.append([kind, sequences, arm.name, f"{rate:.1f}", f"{rate / best:.3f}", f"{rate / same:.3f}",
                      mib(max(arm.peak_bytes, found[2]["peak_bytes"] if found else 0)), plan_peak])  # fmt: skip
         progress(str(rows[-1]))
     differing = max(abs(a / b - 1) for arm in every for a, b in zip(arm.losses, plain[0].losses, strict=True))
@@ -131,21 +145,16 @@ def measure(home: Path, recipe: str, sequences: int, budgets: list[str], rounds:
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--only", help="one of finetune-4, finetune-16, lora-4")
+    arguments.add_argument("--only", choices=CASES, help="one case alone")
     told = arguments.parse_args()
-    cases = {
-        "finetune-4": ("finetune", 4, ["320MiB", "1000MiB", "6GiB"]),
-        "finetune-16": ("finetune", 16, ["320MiB"]),
-        "lora-4": ("lora", 4, ["320MiB"]),
-    }
     rows = []
     with temporary_folder() as home:
-        for name, (recipe, sequences, budgets) in cases.items():
+        for name, case in CASES.items():
             if told.only in (None, name):
                 folder = home / name
                 folder.mkdir()
-                rounds = 1 if told.quick else told.rounds
-                rows += measure(folder, recipe, sequences, budgets[: 1 if told.quick else None], rounds)
+                rounds, budgets = (1, case[2][:1]) if told.quick else (told.rounds, case[2])
+                rows += measure(folder, case, budgets, rounds)
                 shutil.rmtree(folder)
     columns = ["recipe", "sequences a step", "arm", "tokens / CPU s", "of the best in memory", "of 1 at once"]
     title = "SmolLM2-135M, 256 tokens, fp32, one thread (`exact_speed.py`)"

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 _PROC = Path("/proc")
+_NEAR_BYTES = 4 << 20
+_RELIEVED_FOR_S = 0.5
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -142,10 +146,19 @@ class Monitor(_Sampler):
     The callback runs in the monitor's thread (or in ``start``, if the budget is exceeded already). A peak
     shorter than ``poll_s`` can be missed: this sees file-backed pages grow, which no limit bounds, and does
     not replace the limit. Start it before ``limits.data_limit_for`` measures: its stack is data too.
+
+    ``relieve`` is called before that, when less than 4 MiB are left, but not more often than twice a second.
     """
 
-    def __init__(self, budget_bytes: int, on_excess: Callable[[], None], poll_s: float = 0.005) -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        on_excess: Callable[[], None],
+        poll_s: float = 0.005,
+        relieve: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(poll_s)
+        self._relieve, self._relieved_s = relieve, -math.inf
         self.peak_bytes = 0
         """Most resident bytes seen."""
         self._budget_bytes = budget_bytes
@@ -154,6 +167,9 @@ class Monitor(_Sampler):
     def _sample(self) -> None:
         resident, _ = resident_bytes_fast()
         self.peak_bytes = max(self.peak_bytes, resident)
+        if resident > self._budget_bytes - _NEAR_BYTES and time.monotonic() - self._relieved_s > _RELIEVED_FOR_S:
+            self._relieved_s = time.monotonic()
+            self._relieve()
         if resident > self._budget_bytes and self._on_excess is not None:
             on_excess, self._on_excess = self._on_excess, None
             on_excess()

@@ -22,6 +22,7 @@ import devices
 from devices import meter
 from edgetrain.models import build_network
 from edgetrain.models.base import Boundary, Network
+from edgetrain.models.mixed_precision import in_precision
 from edgetrain.objectives.base import training_batches
 from edgetrain.plan import StreamedChoice
 from edgetrain.resident import Resident, widened
@@ -31,7 +32,8 @@ from edgetrain.stages import ExactStages, Stage, Unit, exact_stages, rows_of_chu
 from edgetrain.store.layout import StageLayout
 from edgetrain.streamed import StreamedTrainer
 
-TOLERANCE = 1e-5
+TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+"""By what is computed in: of products in bf16, which has 8 bits, a loss in float64 differs by as much."""
 _COMPILERS = ("torch._dynamo", "torch._inductor", "sympy")
 
 Gradients = dict[tuple[str, str], Tensor]
@@ -66,6 +68,7 @@ class Diagnosis:
     repeats: bool
     compilers: Sequence[str]
     peak_bytes: int
+    tolerance: float
 
     @property
     def relative(self) -> float:
@@ -75,9 +78,11 @@ class Diagnosis:
     @property
     def good(self) -> bool:
         """Whether gradients are finite, come out twice, and are within the tolerance of the reference."""
-        losses_agree = abs(self.streamed_loss - self.resident_loss) <= TOLERANCE * max(1.0, abs(self.resident_loss))
+        losses_agree = abs(self.streamed_loss - self.resident_loss) <= self.tolerance * max(
+            1.0, abs(self.resident_loss)
+        )
         finite = bool(self.rows) and all(row.finite for row in self.rows)
-        return self.repeats and finite and losses_agree and self.relative <= TOLERANCE
+        return self.repeats and finite and losses_agree and self.relative <= self.tolerance
 
 
 def examine(session: Session, dataset: Any, device_kind: str, scratch: Path, num_layers: int = 2) -> Diagnosis:
@@ -112,7 +117,7 @@ def examine(session: Session, dataset: Any, device_kind: str, scratch: Path, num
         trainer.enter(0)
         loss = trainer.differentiate(progress.step, micro_batch, _collector(into))
     del trainer
-    reference = _Reference(source, network, stages, device.torch_device)
+    reference = _Reference(source, in_precision(network, spec, device), stages, device.torch_device)
     resident_loss, expected = reference.gradients(progress.step, micro_batch, len(stages.layers) - num_layers)
     return Diagnosis(
         rows=[_row(key, first[key], expected[key]) for key in expected],
@@ -123,6 +128,7 @@ def examine(session: Session, dataset: Any, device_kind: str, scratch: Path, num
         repeats=first.keys() == second.keys() and all(_same_bits(first[key], second[key]) for key in first),
         compilers=[name for name in _COMPILERS if name in sys.modules],
         peak_bytes=meter.usage().peak_bytes,
+        tolerance=TOLERANCE[spec.exact.compute],
     )
 
 

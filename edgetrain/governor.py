@@ -31,8 +31,9 @@ class Governor:
         Raises:
             BudgetBroken: less than that is left.
         """
-        # The monitor's thread and stack exist before the limit is drawn.
-        with meter.Monitor(self.budget_bytes, self._on_excess):
+        # The monitor's thread and stack exist before the limit is drawn. What is over its margin is code: of that,
+        # most is no longer in use.
+        with meter.Monitor(self.budget_bytes, self._on_excess, relieve=limits.release_code):
             used = meter.usage()
             if not limits.supported():
                 yield self

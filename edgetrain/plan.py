@@ -167,6 +167,8 @@ class Plan:
     written_bytes_per_step: int
     scratch_bytes_per_step: int
     num_threads: int
+    bf16_speedup: float = 1.0
+    """How many times as fast products would be in bf16, on this machine; 1 where that was not measured."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -375,4 +377,4 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 5
+_PROBE_VERSION = 7

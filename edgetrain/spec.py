@@ -350,8 +350,8 @@ class ExactSpec:
     ``train`` "all": every parameter, but for the token embedding (and an output matrix tied to it) without
     ``embedding``; "last": those of the last ``last_layers`` layers and of the head (of a language model, the final
     norm); "lora": low-rank adapters (Hu et al., arXiv 2106.09685) of the linear maps that ``targets`` name (none: those
-    of queries and values). ``weights``: how trained weights are stored, "bf16" with stochastic rounding; moments and
-    computation are fp32.
+    of queries and values). ``weights``: how trained weights are stored, "bf16" with stochastic rounding. ``compute``:
+    what products are rounded to; sums, gradients in store and moments are fp32.
     """
 
     train: Literal["all", "last", "lora"] = "all"
@@ -362,6 +362,7 @@ class ExactSpec:
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
     weights: Literal["fp32", "bf16"] = "fp32"
+    compute: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         for name in ("last_layers", "rank"):
@@ -511,6 +512,7 @@ _FAMILIES: dict[str, tuple[type, type]] = {
 RESUMABLE_TABLES = ("optimizer",)
 RESUMABLE_KEYS = (
     "train.steps", "train.visit_steps", "train.order", "data.source", "data.length", "data.packing", "data.held_out",
+    "exact.compute",
 )  # fmt: skip
 
 

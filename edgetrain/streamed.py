@@ -23,6 +23,7 @@ from edgetrain.activations import SMALLEST_OFFLOADED_BYTES, Activations, Keep, O
 from edgetrain.boundaries import Boundaries, Spill
 from edgetrain.engine import Rewind, Settle, SmallerMicroBatch, Step, Trainer, halved, warm_up_kernels
 from edgetrain.models.base import Boundary, Network
+from edgetrain.models.mixed_precision import in_precision
 from edgetrain.optim import AdamW, learning_rate
 from edgetrain.plan import StreamedChoice
 from edgetrain.randomness import Purpose, Stream
@@ -82,8 +83,8 @@ class StreamedTrainer(Trainer):
         stages: ExactStages | None = None,
     ) -> None:
         """``stages``: those of the session's spec, or what a probe takes in their place."""
-        self.session, self.device, self.choice, self.network = session, device, choice, network
-        self.spec = session.spec
+        self.session, self.device, self.choice, self.spec = session, device, choice, session.spec
+        self.network = in_precision(network, self.spec, device)
         self.stages = stages or exact_stages(self.spec)
         self.optimizer = AdamW(self.spec.optimizer)
         tier = Tier.DISK if device.capabilities.host_addressable else Tier.HOST
@@ -346,7 +347,8 @@ class StreamedTrainer(Trainer):
         self, step: int, batches: Sequence[tuple[int, int]], differentiates: bool, module: nn.Module
     ) -> float:
         last = len(self.stages.layers)
-        output = ChunkedCrossEntropy(self._boundaries, self.choice.logits if self._keeping else "recompute")
+        logits = self.choice.logits if self._keeping else "recompute"
+        output = ChunkedCrossEntropy(self._boundaries, logits, self.spec.exact.compute == "bf16")
         for number, (first, count) in enumerate(batches):
             batch = self._draw(step, first, count)
             with torch.no_grad():

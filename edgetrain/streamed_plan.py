@@ -54,6 +54,7 @@ class StreamedProbe:
     the logits, of one chunk of an output table.
 
     ``boundary_bytes``: of one boundary, for each example; ``context_bytes``: of what every layer reads besides.
+    ``bf16_speedup``: how many times as fast a product is if it is rounded to bf16, its factors converted each time.
     """
 
     shapes: Shapes
@@ -67,6 +68,7 @@ class StreamedProbe:
     layers: Mapping[str, LayerProbe]
     fixed_s: Curve
     chunk_s: Mapping[str, Curve]
+    bf16_speedup: float = 1.0
 
     def covers(self, budget_bytes: int) -> bool:
         """Whether nothing was left out that fits into this budget."""
@@ -87,7 +89,7 @@ class StreamedProbe:
         return cls(
             value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
             value["boundary_bytes"], value["context_bytes"], curve(value["step_bytes"]), curve(value["hole_bytes"]),
-            layers, curve(value["fixed_s"]), chunk_s,
+            layers, curve(value["fixed_s"]), chunk_s, float(value["bf16_speedup"]),
         )  # fmt: skip
 
 
@@ -122,6 +124,7 @@ def make_streamed_plan(
         written_bytes_per_step=written,
         scratch_bytes_per_step=sizes.scratch_bytes(choice),
         num_threads=num_threads,
+        bf16_speedup=probe.bf16_speedup if spec.exact.compute == "fp32" else 1.0,
     )
 
 

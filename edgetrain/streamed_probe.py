@@ -142,13 +142,27 @@ class _Measurement:
             "boundary_bytes": boundary_bytes, "context_bytes": context_bytes,
             "step_bytes": step_bytes, "hole_bytes": holes,
             "layers": {unit.kind: layers[self.network.measured_as(unit.kind)] for unit in self.stages.layers},
-            "fixed_s": fixed_s, "chunk_s": chunk_s,
+            "fixed_s": fixed_s, "chunk_s": chunk_s, "bf16_speedup": self._bf16_speedup(),
         }  # fmt: skip
 
     def _limit(self, optional: bool) -> None:
         self.optional = optional
         if optional and limits.supported():
             limits.set_data_limit(max(0, limits.data_limit_for(self.budget_bytes, meter.usage())))
+
+    def _bf16_speedup(self) -> float:
+        """Of a product of the size of a small layer's."""
+        if not self.device.capabilities.bfloat16:
+            return 1.0
+        a, b = (torch.zeros(size, device=self.device.torch_device) for size in ((512, 512), (512, 1024)))
+        best = [math.inf, math.inf]
+        for _ in range(_ROUNDS * _REPEATS):
+            for number, dtype in enumerate((torch.float32, torch.bfloat16)):
+                began = time.perf_counter()
+                (a.to(dtype) @ b.to(dtype)).float()
+                self.device.synchronize()
+                best[number] = min(best[number], time.perf_counter() - began)
+        return best[0] / best[1]
 
     def _stages(self, layers: Sequence[Unit], chunks: int) -> ExactStages:
         tied = self.stages.output == self.stages.embedding

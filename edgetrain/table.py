@@ -77,11 +77,12 @@ class ChunkedCrossEntropy:
     """The weighted sum of cross-entropies of all micro-batches.
 
     ``logits``: whether those of the first pass are kept for the second, moved out with the boundaries, or made again.
+    ``bf16``: whether products are rounded to that, and what goes into them; sums of exponentials are not.
     Calls: ``add`` each micro-batch; ``forward`` each chunk; ``loss``; ``backward`` each chunk; ``gradient``.
     """
 
-    def __init__(self, boundaries: Boundaries, logits: str) -> None:
-        self._boundaries, self._policy = boundaries, logits
+    def __init__(self, boundaries: Boundaries, logits: str, bf16: bool = False) -> None:
+        self._boundaries, self._policy, self._bf16 = boundaries, logits, bf16
         self._parts: list[_Part] = []
         self._logits: dict[tuple[int, int], Tensor] = {}
 
@@ -101,7 +102,7 @@ class ChunkedCrossEntropy:
     def forward(self, chunk: int, first_token: int, rows: Tensor, differentiates: bool) -> None:
         """Takes the logits of a chunk's ``rows`` (rows, width), of the tokens from ``first_token`` on."""
         for number, part in enumerate(self._parts):
-            logits = self._hidden(number) @ rows.T  # (n, rows)
+            logits = self._product(self._hidden(number), rows.T)  # (n, rows)
             where, columns = part.inside(first_token, len(rows))
             part.target_logit[where] = logits[where, columns]
             largest = torch.maximum(part.largest, logits.amax(1))
@@ -133,10 +134,10 @@ class ChunkedCrossEntropy:
             p[where, columns] -= 1
             p *= part.weights[:, None]  # dL / dlogits, (n, rows)
             key = ("d_hidden", 0, number)
-            sums = self._boundaries.get(key)["gradient"].addmm(p, rows) if self._boundaries.has(key) else p @ rows
-            self._boundaries.put(key, {"gradient": sums})
+            before = self._boundaries.get(key)["gradient"] if self._boundaries.has(key) else None
+            self._boundaries.put(key, {"gradient": self._product(p, rows, before)})
             if gradient is not None:
-                gradient.addmm_(p.T, hidden)
+                gradient.copy_(self._product(p.T, hidden, gradient)) if self._bf16 else gradient.addmm_(p.T, hidden)
 
     def _logits_again(self, chunk: int, number: int, hidden: Tensor, rows: Tensor) -> Tensor:
         if (kept := self._logits.pop((chunk, number), None)) is not None:
@@ -146,7 +147,13 @@ class ChunkedCrossEntropy:
             logits = self._boundaries.get(key)["logits"]
             self._boundaries.drop(key)
             return logits
-        return hidden @ rows.T
+        return self._product(hidden, rows.T)
+
+    def _product(self, a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
+        if self._bf16:
+            product = (a.bfloat16() @ b.bfloat16()).float()
+            return product if plus is None else product.add_(plus)
+        return a @ b if plus is None else plus.addmm(a, b)
 
     def gradient(self, number: int) -> Tensor:
         """Of a micro-batch's hidden states as they were added, (n, width)."""

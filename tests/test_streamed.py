@@ -65,6 +65,11 @@ SPECS: dict[str, tuple[Spec, str | None]] = {
     "frozen embedding, own output": (make_spec("gpt2", exact__embedding=False, model__tied=False), None),
     "bf16": (make_spec(exact__weights="bf16"), None),
     "bf16 untied": (make_spec("gpt2", exact__weights="bf16", model__tied=False), None),
+    "computed in bf16": (make_spec(exact__compute="bf16", exact__weights="bf16"), None),
+    "gpt2 computed in bf16": (make_spec("gpt2", exact__compute="bf16", model__tied=False), None),
+    "lora computed in bf16": (make_spec("qwen3", **LORA, exact__dropout=0.3, exact__compute="bf16"), "BF16"),
+    "vit computed in bf16": (make_spec("vit", exact__compute="bf16"), None),
+    "recurrent computed in bf16": (make_spec("recurrent", exact__compute="bf16", model__backprop_loops=2), None),
     "vit": (make_spec("vit"), None),
     "dit": (make_spec("dit"), None),
     "ar": (make_spec("ar"), None),
@@ -128,6 +133,37 @@ def test_no_choice_changes_a_bit(name: str, thoroughly: bool, tmp_path: Path) ->
         assert found.trainer.retries == 0
         if choice.boundaries == "moved":
             assert found.trainer.offloaded_bytes > expected.trainer.offloaded_bytes, "or nothing is tested"
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "lora", "vit", "masked"])
+def test_computing_in_bf16_rounds_products_and_learns_the_same(name: str, tmp_path: Path) -> None:
+    spec, external = SPECS[name]
+    expected = advance(new_session(tmp_path / "fp32", spec, external).path, PLAIN).losses
+    exact = dataclasses.replace(spec.exact, compute="bf16")
+    rounded = new_session(tmp_path / "bf16", dataclasses.replace(spec, exact=exact), external)
+    found = advance(rounded.path, PLAIN).losses
+    assert found != expected
+    assert found == pytest.approx(expected, rel=2e-2)  # the products have 8 bits
+
+
+def test_gradients_of_products_in_bf16_are_near_those_in_float32(tmp_path: Path) -> None:
+    """... of every stage, by its norm: no path is left out, or taken twice."""
+    found = {}
+    for compute in ("fp32", "bf16"):
+        session = new_session(tmp_path / compute, make_spec(exact__compute=compute, model__tied=False))
+        trainer = open_trainer(session, PLAIN)
+        trainer.enter(0)
+        gradients: dict[str, torch.Tensor] = {}
+
+        def seen(unit: Unit, resident: Resident, into: dict[str, torch.Tensor] = gradients) -> None:
+            if unit.stages:
+                into[unit.stages[0].name] = resident.flat_gradient().clone()
+
+        trainer.differentiate(0, 2, seen)
+        found[compute] = gradients
+    for key, expected in found["fp32"].items():
+        difference = (found["bf16"][key] - expected).norm() / expected.norm()
+        assert 1e-5 < difference < 4e-2, key
 
 
 def test_what_is_moved_is_not_in_memory(tmp_path: Path) -> None:

@@ -69,6 +69,12 @@ def budgets(spec: Spec, probe: StreamedProbe) -> list[int]:
     return [smallest + round(i**3 * 60 * MIB) for i in range(9)]
 
 
+def test_a_plan_tells_what_bf16_would_bring() -> None:
+    probe = dataclasses.replace(made_up(smol()), bf16_speedup=1.9)
+    assert make_streamed_plan(smol(), probe, 4 << 30, 1).bf16_speedup == 1.9
+    assert make_streamed_plan(smol(exact__compute="bf16"), probe, 4 << 30, 1).bf16_speedup == 1.0
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_more_memory_is_never_slower(name: str) -> None:
     spec = SPECS[name]
@@ -189,7 +195,7 @@ def test_a_probe_comes_back_from_json() -> None:
             kind: {"saved_bytes": points(one.saved_bytes), "seconds": {k: points(c) for k, c in one.seconds.items()}}
             for kind, one in probe.layers.items()
         },
-        "chunk_s": {kind: points(one) for kind, one in probe.chunk_s.items()},
+        "chunk_s": {kind: points(one) for kind, one in probe.chunk_s.items()}, "bf16_speedup": probe.bf16_speedup,
     }  # fmt: skip
     again: list[Plan] = [make_streamed_plan(spec, one, 400 * MIB, 1) for one in (probe, StreamedProbe.from_json(value))]
     assert again[0] == again[1]

@@ -44,11 +44,11 @@ def command(session: Path, layers: int, device: str, threads: int, as_json: bool
     _, dataset = options.open_training_data(found.spec, found)
     scratch = Path(click.get_current_context().with_resource(options.temporary_folder()))
     options.start_torch(threads)
-    from edgetrain.doctor import TOLERANCE, examine
+    from edgetrain.doctor import examine
 
     result = examine(found, dataset, device, scratch, layers)
     value = {
-        "session": str(session), "ok": result.good, "tolerance": TOLERANCE, "relative": _number(result.relative),
+        "session": str(session), "ok": result.good, "tolerance": result.tolerance, "relative": _number(result.relative),
         "layers": result.layers, "micro_batch": result.micro_batch, "streamed_loss": _number(result.streamed_loss),
         "resident_loss": _number(result.resident_loss), "repeats": result.repeats,
         "compilers": list(result.compilers), "peak_bytes": result.peak_bytes,
@@ -72,7 +72,7 @@ def command(session: Path, layers: int, device: str, threads: int, as_json: bool
             f"streamed twice: {'equal bits' if result.repeats else 'DIFFERENT BITS'}; compilers loaded: "
             f"{', '.join(result.compilers) or 'none'}; peak {format_bytes(result.peak_bytes)}",
             f"{'gradients are exact' if result.good else 'GRADIENTS DIFFER'}: {equal} of {len(result.rows)} tensors "
-            f"bit-equal, the worst off by {result.relative:.1e} of its largest value ({TOLERANCE:g} is allowed)",
+            f"bit-equal, the worst off by {result.relative:.1e} of its largest value ({result.tolerance:g} is allowed)",
         ])  # fmt: skip
 
     options.emit(value, as_json, text)

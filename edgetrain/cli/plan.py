@@ -9,6 +9,8 @@ import click
 from edgetrain.cli import options
 from edgetrain.errors import UsageError
 
+_WORTH_SAYING = 1.2
+
 
 @click.command("plan")
 @click.argument("session", type=click.Path(path_type=Path, file_okay=False), required=False)
@@ -65,6 +67,9 @@ def command(
 
     def text() -> str:
         lines = [f"{name:12} {format_bytes(size):>12}" for name, size in plan.owners.items()]
+        faster = [
+            f"products in bf16 would be {plan.bf16_speedup:.1f} times as fast here: --set exact.compute=bf16"
+        ] if plan.bf16_speedup > _WORTH_SAYING else []  # fmt: skip
         return "\n".join([
             *lines,
             f"{'peak':12} {format_bytes(plan.peak_bytes):>12}   of a budget of {format_bytes(plan.budget_bytes)}; "
@@ -73,6 +78,7 @@ def command(
             f"about {format_seconds(plan.step_s)} a step",
             f"disk: session {format_bytes(plan.session_bytes)}; written a step {format_bytes(written)}, to scratch "
             f"{format_bytes(scratch)}: {(written + scratch) * 1000 / 1e12:.5f} TB per 1000 steps",
+            *faster,
         ])  # fmt: skip
 
     options.emit(plan.to_json(), as_json, text)

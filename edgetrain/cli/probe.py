@@ -16,9 +16,10 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from devices.limits import prepare_process, without_block_cache
+from devices.limits import without_block_cache
 from edgetrain.cli.become import become
 from edgetrain.cli.main import guarded
+from edgetrain.cli.options import start_torch
 from edgetrain.errors import EdgetrainError
 from edgetrain.plan import Probe, save_probe, saved_probe
 from edgetrain.planning import parse_probe, smallest_budget_bytes
@@ -107,12 +108,9 @@ def main() -> None:
     recipe, device, num_threads, budget_bytes = told["request"]
 
     def measured() -> NoReturn:
-        prepare_process(num_threads)
-        import torch
-
+        start_torch(num_threads)
         from edgetrain.probe import measure
 
-        torch.set_num_threads(num_threads)
         result = measure(resolve(tomllib.loads(recipe)), device, budget_bytes)
         if told["command"] is None:
             print(json.dumps(result))

@@ -36,6 +36,10 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+def _transposed(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.T
+
+
 class _Map(torch.autograd.Function):
     """x (..., in) -> x W^T + b (..., out). W may be a transposed view: no product copies it.
 
@@ -56,7 +60,7 @@ class _Map(torch.autograd.Function):
         # A frozen weight wants no gradient, so its input isn't needed again.
         ctx.save_for_backward(weight, *(sources if ctx.needs_input_grad[1] else ()))
         ctx.into, ctx.make, ctx.num_sources = into, make, len(sources)
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias)  # in bf16 under autocast, which backward is not
 
     @staticmethod
     @once_differentiable
@@ -65,18 +69,19 @@ class _Map(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1])
         dx = dw = db = None
         if ctx.needs_input_grad[1]:
-            x = ctx.make(*sources)
+            x = ctx.make(*sources).to(flat.dtype)
             x = x.reshape(-1, x.shape[-1])
             # In the memory layout of the weight.
-            if ctx.into is None:
-                dw = flat.T @ x if weight.is_contiguous() else (x.T @ flat).T
-            elif weight.is_contiguous():
-                ctx.into.addmm_(flat.T, x)
+            into, a, b = (ctx.into, flat.T, x) if weight.is_contiguous() else (_transposed(ctx.into), x.T, flat)
+            if into is None:
+                dw = a @ b if weight.is_contiguous() else (a @ b).T
+            elif into.dtype == a.dtype:
+                into.addmm_(a, b)
             else:
-                ctx.into.T.addmm_(x.T, flat)
-            del x
+                into.add_(a @ b)
+            del x, a, b
         if ctx.needs_input_grad[0]:
-            dx = (flat @ weight).view(*gradient.shape[:-1], -1)
+            dx = (flat @ weight.to(flat.dtype)).view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[2]:
             db = flat.sum(0)
         # The sources get their gradient through x: here they only stand in for its values.

@@ -123,6 +123,56 @@ def test_a_limit_can_be_below_what_is_in_use() -> None:
     ) == [True, 1 << 24, 1]
 
 
+@linux_only
+def test_code_that_ran_once_leaves_memory_and_comes_back_when_it_runs() -> None:
+    found = _run("""
+import json
+from devices.limits import prepare_process, release_code
+from devices.meter import usage
+prepare_process(1)
+import torch
+def values():
+    x = torch.linspace(-1, 1, 4096).reshape(64, 64).requires_grad_()
+    (torch.nn.functional.gelu(x @ x) ** 2).sum().backward()
+    return x.grad.sum().item()
+imported, first = usage(), values()
+release_code()
+released, again = usage(), values()
+try:
+    torch.empty(1 << 50)
+except RuntimeError as error:
+    raised = str(error)
+print(json.dumps([imported.file_bytes, released.file_bytes, usage().file_bytes, first, again, raised]))
+""")
+    imported, released, used, first, again, raised = found
+    assert released < imported // 3
+    assert used < imported // 2  # what these operations need, and no more
+    assert again == first
+    assert "allocate" in raised
+
+
+@linux_only
+def test_mappings_that_were_changed_in_memory_keep_their_pages() -> None:
+    """Of relocated or patched code the file has not what is in memory."""
+    assert (
+        _run("""
+import ctypes, json, mmap, tempfile
+from devices.limits import release_code
+with tempfile.NamedTemporaryFile() as file:
+    file.write(bytes(mmap.PAGESIZE))
+    file.flush()
+    private = mmap.mmap(file.fileno(), mmap.PAGESIZE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    private[:5] = b"patch"
+    address = ctypes.addressof(ctypes.c_char.from_buffer(private))
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC) == 0
+    release_code()
+    print(json.dumps(ctypes.string_at(address, 5).decode()))
+""")
+        == "patch"
+    )
+
+
 def test_the_limits_arithmetic() -> None:
     usage = Usage(
         peak_bytes=0,

@@ -112,6 +112,25 @@ def test_the_monitor_reports_an_excess_once() -> None:
     assert resident + 60 * MIB < monitor.peak_bytes < resident + 256 * MIB
 
 
+def test_the_monitor_has_memory_relieved_before_the_budget_is_exceeded() -> None:
+    held: list[object] = []
+    excess: list[int] = []
+
+    def relieve() -> None:
+        while held:
+            held.pop().close()  # type: ignore[attr-defined]
+
+    budget = resident_bytes_fast()[0] + 64 * MIB
+    with Monitor(budget, lambda: excess.append(1), relieve=relieve):
+        time.sleep(0.05)
+        held.append(_resident(32 * MIB))
+        time.sleep(0.05)
+        assert len(held) == 1
+        held.append(_resident(30 * MIB))
+        assert _eventually(lambda: not held)
+    assert excess == []
+
+
 def test_a_stopped_monitor_sees_nothing() -> None:
     calls: list[int] = []
     monitor = Monitor(resident_bytes_fast()[0] + 32 * MIB, lambda: calls.append(1))
