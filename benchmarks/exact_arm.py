@@ -50,9 +50,8 @@ def in_memory(folder: Path, session: Path, micro_batch: int, train: str) -> None
         from peft import LoraConfig, get_peft_model
 
         exact = spec.exact
-        model = get_peft_model(
-            model, LoraConfig(r=exact.rank, lora_alpha=exact.alpha, target_modules=list(exact.targets))
-        )
+        targets: Any = "all-linear" if exact.targets == ("all-linear",) else list(exact.targets)
+        model = get_peft_model(model, LoraConfig(r=exact.rank, lora_alpha=exact.alpha, target_modules=targets))
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.01, fused=True)

@@ -190,7 +190,7 @@ def text_scores(test: Path | None, threads: int, *more: str) -> Score:
     """Bits a character of what was held out, or of another text; the numbers of runs of a core are told apart."""
 
     def scored(folder: Path, session: Path) -> Scores:
-        data = [] if test is None else ["--data", str(test), "--split", "train"]
+        data = [] if test is None else ["--data", str(test)]
         found = edgetrain(folder, "evaluate", str(session), *data, "--threads", str(threads), *more).require()
         return {
             row["readout"] + (f", {row['loops']} runs" if "loops" in row else ""): row["value"]

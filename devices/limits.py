@@ -36,8 +36,11 @@ _FROM_HEAP = {"M_MMAP_THRESHOLD": (-3, 32 * _MIB), "M_MXFAST": (1, 0)}
 # A mapping of a file in smaps, read and executed alone, with its fields.
 _CODE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+ +/.*((?:\n[A-Z].*)*)", re.MULTILINE)
 _NO_CACHE = "glibc.malloc.tcache_count=0"
+# Code that oneDNN has written for products of one shape, a MiB each; a step has some 30 in bf16, none in fp32.
+_KEPT_PRIMITIVES = 64
 _STACK_GROWTH_BYTES = _MIB // 2
-_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory")
+# The last is oneDNN's, of code that it writes for a new shape.
+_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a primitive")
 
 
 def prepare_process(num_threads: int) -> dict[str, int]:
@@ -54,7 +57,8 @@ def prepare_process(num_threads: int) -> dict[str, int]:
     # Waiting threads sleep: on a busy machine spinning ones keep the others from the cores, up to eight times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), num_threads)
-    for name, value in (threads | {"OPENBLAS_NUM_THREADS": 1}).items():
+    others = {"OPENBLAS_NUM_THREADS": 1, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": _KEPT_PRIMITIVES}
+    for name, value in (threads | others).items():
         os.environ[name] = str(value)
         if not too_late:
             applied[name] = value

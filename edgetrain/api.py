@@ -150,7 +150,7 @@ class Training:
         import torch
 
         from edgetrain.models.stack import StackNetwork, prefix
-        from edgetrain.resident import widened
+        from edgetrain.moves import widened
 
         session = self._session
         if session is None:

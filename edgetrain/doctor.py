@@ -23,9 +23,10 @@ from devices import meter
 from edgetrain.models import build_network
 from edgetrain.models.base import Boundary, Network
 from edgetrain.models.mixed_precision import in_precision
+from edgetrain.moves import widened
 from edgetrain.objectives.base import training_batches
 from edgetrain.plan import StreamedChoice
-from edgetrain.resident import Resident, widened
+from edgetrain.resident import Resident
 from edgetrain.session import Session
 from edgetrain.spec import ModelSpec, Spec, StackSpec, TextModelSpec
 from edgetrain.stages import ExactStages, Stage, Unit, exact_stages, rows_of_chunk

@@ -67,7 +67,8 @@ class StreamedChoice:
     ``kept_layers``: so many of the last layers stay resident from forward to backward, with what autograd saved;
     ``activations`` "recompute" or "offload": what becomes of those of the others. ``resident``: weights and moments of
     everything stay. ``boundaries`` "memory" or "moved"; ``logits`` "keep", "recompute" or "offload". ``keeps_freed``:
-    freed memory stays with the process, which is faster and takes more of it.
+    freed memory stays with the process, which is faster and takes more of it. ``tiled``: of a layer's larger matrices
+    and their gradients one tile at a time is in memory.
     """
 
     micro_batch: int
@@ -77,6 +78,11 @@ class StreamedChoice:
     boundaries: str = "memory"
     logits: str = "recompute"
     keeps_freed: bool = False
+    tiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tiled and (self.resident or self.kept_layers):
+            raise ValueError("what comes in tiles is not resident")
 
     def describe(self) -> str:
         state = "resident" if self.resident else "streamed"
@@ -84,6 +90,7 @@ class StreamedChoice:
             f"weights and moments {state}, activations {self.activations} but for the last {self.kept_layers} layers, "
             f"boundaries {self.boundaries}, logits {self.logits}"
             + (", freed memory used again" if self.keeps_freed else "")
+            + (", matrices in tiles" if self.tiled else "")
         )
 
 
@@ -377,4 +384,4 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 7
+_PROBE_VERSION = 8

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from devices import Device
+from devices import Device, Tier
 from edgetrain.models.base import Network
 from edgetrain.resident import Resident
 from edgetrain.spec import Spec
@@ -16,6 +16,7 @@ from edgetrain.stages import ExactStages, Stage, Unit, rows_of_chunk
 from edgetrain.store import Transaction
 from edgetrain.store.layout import StageLayout
 from edgetrain.table import Rows, gather
+from edgetrain.tiles import Tiles
 
 
 class Reads(Protocol):
@@ -42,7 +43,8 @@ class Residency:
     """Weights of a model's units, and the buffers of their gradients and moments.
 
     Everything is pinned with ``resident``, its moments too; else the weights of ``kept``, and the others pass through
-    ``window``. ``transaction``: where the steps before this one have left what they changed.
+    ``window``, with ``tiled_to`` the larger matrices of layers tile by tile: their gradients wait in that tier.
+    ``transaction``: where the steps before this one have left what they changed.
     """
 
     def __init__(
@@ -54,13 +56,17 @@ class Residency:
         *,
         resident: bool,
         kept: Sequence[Unit],
+        tiled_to: Tier | None = None,
     ) -> None:
         self._source, self._device, self._network = source, device, network
         self._stages, self._resident = stages, resident
+        self.transaction: Transaction | None = None
         units = stages.units
         self._layouts = {stage.name: source.layout(stage) for stage in stages.stages}
         passing = [] if resident else [self._of(unit) for unit in units]  # kept ones too, once unpinned
-        self.window = Resident(device, [self._of(unit) for unit in units], False, holds=passing)
+        in_tiles = [self._layouts[stage.name] for stage in stages.in_tiles]
+        tiles = Tiles(device, in_tiles, tiled_to, self._read) if tiled_to is not None else None
+        self.window = Resident(device, [self._of(unit) for unit in units], False, holds=passing, tiles=tiles)
         self._skeletons: dict[str, nn.Module] = {}
         self._pinned = {
             unit: (Resident(device, [self._of(unit)], resident, lender=self.window), self._build(unit.kind))
@@ -69,7 +75,6 @@ class Residency:
         for unit, (held, module) in self._pinned.items():
             self._bind(held, unit, module)
         self._in_window: Unit | None = None
-        self.transaction: Transaction | None = None
 
     def _of(self, unit: Unit) -> list[StageLayout]:
         return [self._layouts[stage.name] for stage in unit.stages]

@@ -7,27 +7,22 @@ all is fp32; what is stored in another type is converted on its way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from devices import Buffer, Device, Tier
+from edgetrain.moves import Move, in_order, reading, writing
 from edgetrain.optim import AdamW, round_to_bf16
-from edgetrain.pieces import ITEM_BYTES, Piece, buffer_bytes, pieces
+from edgetrain.pieces import ITEM_BYTES, Piece, buffer_bytes, pieces, without_tiled
 from edgetrain.randomness import Stream
 from edgetrain.stages import Stage
-from edgetrain.store.layout import ITEM_BYTES as STORED_ITEM_BYTES
 from edgetrain.store.layout import StageLayout, TensorSpec
-
-Move = Callable[[str, str, memoryview, int], None]
-"""``read`` or ``write`` of a store or transaction: (stage, role, bytes, offset)."""
-
-_CONVERTED_ELEMENTS = 1 << 16
+from edgetrain.tiles import Tiles
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,8 @@ class Member:
     layout: StageLayout
     module: nn.Module
     offset: int
+    held: StageLayout
+    """Of what is in the buffers: all of ``layout``, or all but its tiled matrices."""
 
     @property
     def role(self) -> str:
@@ -46,18 +43,26 @@ class Member:
     @property
     def nbytes(self) -> int:
         """Of its section in memory."""
-        return self.layout.in_memory.section_bytes(self.role)
+        return self.held.section_bytes(self.role)
+
+    @property
+    def is_stored_so(self) -> bool:
+        """Whether the section is the same on disk and in memory."""
+        return self.layout == self.held
+
+    def holds(self, tensor: TensorSpec) -> bool:
+        return self.held is self.layout.in_memory or any(one.name == tensor.name for one in self.held.tensors)
 
 
 @dataclass(frozen=True)
 class Part:
     """What the optimizer updates as one: a piece of a stage's trained tensor, flat views of it and of its gradient,
-    and of its moments m and v where they are resident."""
+    None where they come in tiles, and of its moments m and v where they are resident."""
 
     member: Member
     piece: Piece
-    weight: Tensor
-    gradient: Tensor
+    weight: Tensor | None
+    gradient: Tensor | None
     moments: Sequence[Tensor]
 
 
@@ -86,6 +91,7 @@ class Resident:
         holds: the layouts of all that are to be bound here; None: of the same.
         trains: whether there are gradients and moments.
         lender: its buffers for gradients, and for moments that pass through, serve here too.
+        tiles: hold the larger matrices of the stages that they name, one tile at a time.
 
     Raises:
         DeviceOutOfMemory: the device has no room for them.
@@ -100,13 +106,16 @@ class Resident:
         *,
         holds: Sequence[Sequence[StageLayout]] | None = None,
         lender: Resident | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         self.device = device
         self.moments_resident = moments_resident
         self.trains = trains
-        sizes = buffer_bytes(units, moments_resident)
+        self.tiles = tiles
+        in_tiles = tiles.stages if tiles else ()
+        sizes = buffer_bytes(units, moments_resident, in_tiles)
         if holds is not None:
-            held = buffer_bytes(holds, moments_resident)
+            held = buffer_bytes(holds, moments_resident, in_tiles)
             sizes["weights"], sizes["frozen"] = held["weights"], held["frozen"]
         if not trains:
             sizes["gradients"] = sizes["moments"] = 0
@@ -128,16 +137,30 @@ class Resident:
         """Make every page resident now, so that training cannot grow the process by them."""
         for buffer in (self.weights, self.gradients, self.m, self.v, self.frozen):
             buffer.touch()
+        if self.tiles:
+            self.tiles.touch()
+
+    def touch_gradients(self) -> None:
+        """Of these alone; weights that are only read may stay untouched."""
+        self.gradients.touch()
+        if self.tiles:
+            self.tiles.touch(weights=False)
 
     def bind(self, stages: Sequence[tuple[Stage, StageLayout, nn.Module]]) -> None:
         """Point the modules' parameters into the buffers, in the order given."""
         self.members = []
         ends = {True: 0, False: 0}
         for stage, layout, module in stages:
-            member = Member(stage, layout, module, ends[stage.trained])
+            in_tiles = self.tiles is not None and stage.name in self.tiles.stages
+            held = without_tiled(layout.in_memory) if in_tiles else layout.in_memory
+            member = Member(stage, layout, module, ends[stage.trained], held)
             ends[stage.trained] += member.nbytes
             self.members.append(member)
             for tensor in layout.tensors:
+                if not member.holds(tensor):
+                    assert self.tiles is not None
+                    self.tiles.bind(module, layout, tensor)
+                    continue
                 owner, _, name = tensor.name.rpartition(".")
                 parameter = nn.Parameter(self._view(member, tensor), requires_grad=self.trains and stage.trained)
                 if parameter.requires_grad:
@@ -148,18 +171,22 @@ class Resident:
     def _cut(self) -> Iterator[Part]:
         for member in self.members:
             for piece in pieces(member.layout) if member.stage.trained else []:
+                if not member.holds(piece.tensor):
+                    yield Part(member, piece, None, None, [])
+                    continue
                 weight, gradient = (self._flat(buffer, member, piece) for buffer in (self.weights, self.gradients))
                 moments = [self._flat(buffer, member, piece) for buffer in (self.m, self.v) if self.moments_resident]
                 yield Part(member, piece, weight, gradient, moments)
 
     @staticmethod
     def _flat(buffer: Buffer, member: Member, piece: Piece) -> Tensor:
-        return buffer.tensor(torch.float32, member.offset + piece.offset, (piece.num_elements,))
+        start = member.offset + member.held.offset("weight", piece.tensor.name) + piece.first * ITEM_BYTES
+        return buffer.tensor(torch.float32, start, (piece.num_elements,))
 
     def _view(self, member: Member, tensor: TensorSpec, buffer: Buffer | None = None) -> Tensor:
         """(shape) view of one tensor in W or the frozen buffer, or in ``buffer``, laid out as W."""
         buffer = buffer or (self.weights if member.stage.trained else self.frozen)
-        offset = member.offset + member.layout.in_memory.offset(member.role, tensor.name)
+        offset = member.offset + member.held.offset(member.role, tensor.name)
         return buffer.tensor(torch.float32, offset, tensor.shape)
 
     def owns(self, tensor: Tensor) -> bool:
@@ -172,41 +199,58 @@ class Resident:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of all gradients of what is bound, padding (always zero) included."""
+        """Of all gradients in the buffer, padding (always zero) included."""
         return sum(member.nbytes for member in self.members if member.stage.trained)
 
     def flat_gradient(self) -> Tensor:
-        """All gradients of what is bound, padding included, (elements,)."""
+        """All gradients in the buffer, padding included, (elements,)."""
         return self.gradients.tensor(torch.float32, 0, (self.gradient_bytes // ITEM_BYTES,))
+
+    def zero_gradients(self) -> None:
+        """Of what is bound."""
+        self.flat_gradient().zero_()
+        self._forget_tiles()
+
+    def gradient_norm(self) -> float:
+        """Of what is bound: taken by pieces, which are the same wherever the gradients are."""
+        norms = (torch.linalg.vector_norm(self._gradient(part)).item() for part in self._parts)
+        return math.sqrt(sum(norm * norm for norm in norms))
+
+    def _gradient(self, part: Part) -> Tensor:
+        """(num_elements,), to be used until the next call."""
+        if part.gradient is not None:
+            return part.gradient
+        assert self.tiles is not None
+        return self.tiles.gradient(part.member.stage.name, part.piece)
 
     def load(self, read: Move) -> None:
         """Read the bound stages' current slots."""
         for member, role, buffer in self._sections():
-            if role in ("m", "v") or member.layout == member.layout.in_memory:
-                self.device.fill(buffer, member.offset, member.nbytes, _in_order(read, member.stage.name, role))
+            if role in ("m", "v") or member.is_stored_so:
+                self.device.fill(buffer, member.offset, member.nbytes, in_order(read, member.stage.name, role))
                 continue
-            for tensor, offset, stored in self._converted(member, role):
-                widened = _widened(read, member.stage.name, role, stored, tensor.dtype)
-                self.device.fill(buffer, offset, tensor.nbytes * ITEM_BYTES // _item(tensor), widened)
+            for tensor, offset, stored in self._apart(member, role):
+                into = reading(read, member.stage.name, role, stored, tensor.dtype)
+                self.device.fill(buffer, offset, math.prod(tensor.shape) * ITEM_BYTES, into)
 
     def save(self, write: Move) -> None:
         """Write what training changed to the idle slots; streamed moments are there already."""
         for member, role, buffer in self._sections():
             if not member.stage.trained:
                 continue
-            if role in ("m", "v") or member.layout == member.layout.in_memory:
-                self.device.drain(buffer, member.offset, member.nbytes, _in_order(write, member.stage.name, role))
+            if role in ("m", "v") or member.is_stored_so:
+                self.device.drain(buffer, member.offset, member.nbytes, in_order(write, member.stage.name, role))
                 continue
-            for tensor, offset, stored in self._converted(member, role):
-                narrowed = _narrowed(write, member.stage.name, role, stored)
-                self.device.drain(buffer, offset, tensor.nbytes * ITEM_BYTES // _item(tensor), narrowed)
+            for tensor, offset, stored in self._apart(member, role):
+                out = writing(write, member.stage.name, role, stored, tensor.dtype)
+                self.device.drain(buffer, offset, math.prod(tensor.shape) * ITEM_BYTES, out)
             for start, nbytes in _gaps(member.layout, role):
                 write(member.stage.name, role, memoryview(bytes(nbytes)), start)
 
-    def _converted(self, member: Member, role: str) -> Iterator[tuple[TensorSpec, int, int]]:
-        """(tensor, offset in the buffer, offset in the stored section) of each tensor."""
-        for tensor in member.layout.tensors:
-            offset = member.offset + member.layout.in_memory.offset(role, tensor.name)
+    def _apart(self, member: Member, role: str) -> Iterator[tuple[TensorSpec, int, int]]:
+        """(tensor, offset in the buffer, offset in the stored section) of each tensor in the buffer."""
+        for tensor in filter(member.holds, member.layout.tensors):
+            offset = member.offset + member.held.offset(role, tensor.name)
             yield tensor, offset, member.layout.offset(role, tensor.name)
 
     def _sections(self) -> Iterator[tuple[Member, str, Buffer]]:
@@ -217,27 +261,51 @@ class Resident:
                 yield member, "m", self.m
                 yield member, "v", self.v
 
-    def update(self, optimizer: AdamW, read: Move, write: Move, settings: Settings) -> None:
-        """One optimizer step on everything that trains."""
+    def update(self, optimizer: AdamW, read: Move, write: Move, settings: Settings, scale: float = 1.0) -> None:
+        """One optimizer step on everything that trains, with ``scale`` times the gradients."""
+        if scale != 1.0:
+            self.flat_gradient().mul_(scale)
         together: dict[Update, list[Part]] = {}
         for part in self._parts:
             at = settings(part.member.stage, part.piece.tensor)
             if self.moments_resident:
                 together.setdefault(at, []).append(part)
-            else:
-                with self._streamed_moments(part, read, write) as moments:
-                    self._update_alike(optimizer, at, [part], [moments])
+                continue
+            with self._in_memory(part, write, scale) as whole, self._streamed_moments(part, read, write) as moments:
+                self._update_alike(optimizer, at, [whole], [moments])
         for at, parts in together.items():
             self._update_alike(optimizer, at, parts, [part.moments for part in parts])
+        self._forget_tiles()
+
+    def _forget_tiles(self) -> None:
+        for member in self.members if self.tiles else ():
+            assert self.tiles is not None
+            self.tiles.forget(member.stage.name)
+
+    @contextmanager
+    def _in_memory(self, part: Part, write: Move, scale: float) -> Iterator[Part]:
+        """The part itself, or for as long as this lasts one of a tiled matrix."""
+        if part.weight is not None:
+            yield part
+            return
+        assert self.tiles is not None
+        member, piece = part.member, part.piece
+        tensor = next(one for one in member.layout.tensors if one.name == piece.tensor.name)  # as it is stored
+        weight = self.tiles.load(member.layout, tensor, piece.first, (piece.num_elements,))
+        gradient = self._gradient(part)
+        if scale != 1.0:
+            gradient.mul_(scale)
+        yield Part(member, piece, weight, gradient, [])
+        self.tiles.store(member.layout, tensor, piece.first, piece.num_elements, write)
 
     @staticmethod
     def _update_alike(optimizer: AdamW, at: Update, parts: Sequence[Part], moments: Sequence[Sequence[Tensor]]) -> None:
         m, v = (list(one) for one in zip(*moments, strict=True))
-        weights, gradients = [part.weight for part in parts], [part.gradient for part in parts]
+        weights, gradients = [_known(part.weight) for part in parts], [_known(part.gradient) for part in parts]
         optimizer.update(weights, gradients, m, v, number=at.number, lr=at.lr, decays=at.decays)
         if at.rounding is not None:
             for part in parts:
-                round_to_bf16(part.weight, at.rounding, part.piece.offset // ITEM_BYTES)
+                round_to_bf16(_known(part.weight), at.rounding, part.piece.offset // ITEM_BYTES)
 
     @contextmanager
     def _streamed_moments(self, part: Part, read: Move, write: Move) -> Iterator[Sequence[Tensor]]:
@@ -245,63 +313,15 @@ class Resident:
         stage, piece = part.member.stage.name, part.piece
         both = (("m", self.m), ("v", self.v))
         for role, buffer in both:
-            self.device.fill(buffer, 0, piece.stored_bytes, _in_order(read, stage, role, piece.offset))
+            self.device.fill(buffer, 0, piece.stored_bytes, in_order(read, stage, role, piece.offset))
         yield [buffer.tensor(torch.float32, 0, (piece.num_elements,)) for _, buffer in both]
         for role, buffer in both:
-            self.device.drain(buffer, 0, piece.stored_bytes, _in_order(write, stage, role, piece.offset))
+            self.device.drain(buffer, 0, piece.stored_bytes, in_order(write, stage, role, piece.offset))
 
 
-def _in_order(move: Move, stage: str, role: str, offset: int = 0) -> Callable[[memoryview], None]:
-    """Moves a stage's role, from ``offset`` on, by the pieces that a device hands out one after the other."""
-
-    def piece(view: memoryview) -> None:
-        nonlocal offset
-        move(stage, role, view, offset)
-        offset += len(view)
-
-    return piece
-
-
-def _item(tensor: TensorSpec) -> int:
-    return STORED_ITEM_BYTES[tensor.dtype]
-
-
-def widened(stored: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Stored bytes of type F32, BF16 or F16 as float32, exactly."""
-    if dtype == "BF16":
-        return (stored.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return stored.view(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
-
-
-def _widened(read: Move, stage: str, role: str, offset: int, dtype: str) -> Callable[[memoryview], None]:
-    """Reads a tensor that is stored as ``dtype`` from ``offset`` on, as float32."""
-    item = STORED_ITEM_BYTES[dtype]
-
-    def piece(view: memoryview) -> None:
-        nonlocal offset
-        into = np.frombuffer(view, np.float32)
-        for first in range(0, len(into), _CONVERTED_ELEMENTS):
-            part = into[first : first + _CONVERTED_ELEMENTS]
-            stored = np.empty(len(part) * item, np.uint8)
-            read(stage, role, stored.data, offset)
-            part[:] = widened(stored, dtype)
-            offset += len(stored)
-
-    return piece
-
-
-def _narrowed(write: Move, stage: str, role: str, offset: int) -> Callable[[memoryview], None]:
-    """Writes float32 values that bf16 can hold as bf16, from ``offset`` on."""
-
-    def piece(view: memoryview) -> None:
-        nonlocal offset
-        values = np.frombuffer(view, np.uint32)
-        for first in range(0, len(values), _CONVERTED_ELEMENTS):
-            stored = (values[first : first + _CONVERTED_ELEMENTS] >> 16).astype(np.uint16)
-            write(stage, role, stored.view(np.uint8).data, offset)
-            offset += stored.nbytes
-
-    return piece
+def _known(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _gaps(layout: StageLayout, role: str) -> Iterator[tuple[int, int]]:

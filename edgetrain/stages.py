@@ -67,6 +67,8 @@ class ExactStages:
 
     A unit may stand several times among ``layers``: it runs as often, with the same weights. Gradients flow from the
     last layer back to number ``backprop_from``; what all layers read has gradients of these alone.
+
+    ``tileable``: the layers can multiply with matrices that are not in memory as a whole.
     """
 
     stem: Unit
@@ -75,6 +77,7 @@ class ExactStages:
     embedding: tuple[Unit, ...] = ()
     output: tuple[Unit, ...] = ()
     backprop_from: int = 0
+    tileable: bool = False
 
     def random_index(self, position: int) -> int:
         """The index that keys what a layer draws at random: that of its stage, another one each time that it runs."""
@@ -94,6 +97,12 @@ class ExactStages:
     @property
     def stages(self) -> list[Stage]:
         return [stage for unit in self.units for stage in unit.stages]
+
+    @property
+    def in_tiles(self) -> list[Stage]:
+        """Whose larger matrices may pass through memory tile by tile: the layers, without their adapters."""
+        layers = dict.fromkeys(self.layers) if self.tileable else ()
+        return [stage for unit in layers for stage in unit.stages if stage.kind == unit.kind]
 
 
 def rows_of_chunk(width: int) -> int:
@@ -143,7 +152,8 @@ def exact_stages(spec: Spec) -> ExactStages:
         core = (Unit("adapter", (stage("adapter", "adapter", 3 + depth, everything),)), *layers)
         layers = core * model.loops
         backprop_from = len(core) * (model.loops - model.backprop_loops) if model.backprop_loops else 0
-    return ExactStages(Unit("stem", stem), layers, Unit("head", head), embedding, output, backprop_from)
+    tileable = isinstance(model, LanguageModelSpec)
+    return ExactStages(Unit("stem", stem), layers, Unit("head", head), embedding, output, backprop_from, tileable)
 
 
 def stages_of_block(spec: Spec, block: int) -> list[Stage]:

@@ -88,7 +88,10 @@ class StreamedTrainer(Trainer):
         self.stages = stages or exact_stages(self.spec)
         self.optimizer = AdamW(self.spec.optimizer)
         tier = Tier.DISK if device.capabilities.host_addressable else Tier.HOST
-        self.residency = Residency(session, device, network, self.stages, resident=choice.resident, kept=self._kept)
+        self.residency = Residency(
+            session, device, network, self.stages,
+            resident=choice.resident, kept=self._kept, tiled_to=tier if choice.tiled else None,
+        )  # fmt: skip
         self._hold, self._ahead = self.residency.hold, self.residency.ahead
         self._offload = Offload(device, tier, self.residency.owns)
         self._boundaries = Boundaries(device, choice.boundaries == "moved", tier)
@@ -107,13 +110,19 @@ class StreamedTrainer(Trainer):
     # -------------------------------------------------------------------------------------------- the engine's calls
 
     @property
+    def _in_bf16(self) -> bool:
+        return self.spec.exact.compute == "bf16"
+
+    @property
     def guess(self) -> float:
         return self.network.guess
 
     @property
     def offloaded_bytes(self) -> int:
         """Bytes moved out: activations, boundaries, logits and gradients."""
-        return self._offload.offloaded_bytes + self._boundaries.moved_bytes + self._spill.moved_bytes
+        tiles = self.residency.window.tiles
+        moved = self._offload.offloaded_bytes + self._boundaries.moved_bytes + self._spill.moved_bytes
+        return moved + (tiles.moved_bytes if tiles else 0)
 
     @property
     def policy(self) -> str:
@@ -124,9 +133,12 @@ class StreamedTrainer(Trainer):
     def warm_up(self, progress: BlockProgress) -> None:
         self.residency.touch()
         self.enter(0)
+        # For products in bf16 a library writes code for each shape, and keeps it.
+        sizes = {count for _, count in self._split(self.choice.micro_batch)} if self._in_bf16 else {1}
         for keeping in (False, True):
             self._keeping = keeping
-            self.differentiate(progress.step, 1)
+            for count in sorted(sizes):
+                self.differentiate(progress.step, count)
         warm_up_kernels(self.device)
         # Not before: what libraries take once, and keep, would lie between the holes.
         keep_freed_memory(self.choice.keeps_freed)
@@ -321,7 +333,7 @@ class StreamedTrainer(Trainer):
         if self.stages.output:
             return self._output_loss(step, batches, differentiates, module)
         if differentiates and self.stages.head.trained:
-            resident.flat_gradient().zero_()
+            resident.zero_gradients()
         total = 0.0
         for number, (first, count) in enumerate(batches):
             batch = self._draw(step, first, count)
@@ -348,7 +360,7 @@ class StreamedTrainer(Trainer):
     ) -> float:
         last = len(self.stages.layers)
         logits = self.choice.logits if self._keeping else "recompute"
-        output = ChunkedCrossEntropy(self._boundaries, logits, self.spec.exact.compute == "bf16")
+        output = ChunkedCrossEntropy(self._boundaries, logits, self._in_bf16)
         for number, (first, count) in enumerate(batches):
             batch = self._draw(step, first, count)
             with torch.no_grad():
@@ -390,7 +402,7 @@ class StreamedTrainer(Trainer):
             if unit.trained and unit in later:
                 self._spill.take(unit.stages[0].name, resident.gradients)
             elif unit.trained:
-                resident.flat_gradient().zero_()
+                resident.zero_gradients()
             for number, (first, _) in enumerate(batches):
                 self.network.prepare(module, self.stages.random_index(position), step, first)
                 run = self._runs.pop((position, number), None)
@@ -429,7 +441,7 @@ class StreamedTrainer(Trainer):
             self._ahead(self.stages.output[position - 1 : position] if position else [self.stages.head])
             rows = rows_of(module)
             if unit.trained:
-                resident.flat_gradient().zero_()
+                resident.zero_gradients()
             output.backward(position, self._first_token(position), rows.detach(), rows.grad)
             if unit.trained and tied:
                 self._spill.put(unit.stages[0].name, resident.gradients, resident.gradient_bytes)
@@ -437,7 +449,7 @@ class StreamedTrainer(Trainer):
                 self._finish(unit)
         resident, module = self._hold(self.stages.head)
         if self.stages.head.trained:
-            resident.flat_gradient().zero_()
+            resident.zero_gradients()
         for number, (first, count) in enumerate(batches):
             leaves = self._leaves(self._boundaries.get(("x", last, number)))
             carried = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in leaves.items()}
@@ -455,7 +467,7 @@ class StreamedTrainer(Trainer):
         embeds = bool(embedding) and embedding[0].trained
         resident, module = self._hold(stem)
         if stem.trained:
-            resident.flat_gradient().zero_()
+            resident.zero_gradients()
         tokens = []
         for number, (first, count) in enumerate(batches):
             batch = self._draw(step, first, count, embeds=True)
@@ -484,7 +496,7 @@ class StreamedTrainer(Trainer):
             if self.stages.output == embedding:
                 self._spill.take(unit.stages[0].name, resident.gradients)
             else:
-                resident.flat_gradient().zero_()
+                resident.zero_gradients()
             for number in range(len(batches)):
                 found = self._boundaries.get(("embedded", 0, number))["gradient"]
                 add_rows(gradient, self._first_token(position), tokens[number], found)
@@ -526,7 +538,7 @@ class _Updates:
         resident, _ = trainer._hold(unit)
         if self._seen is not None:
             self._seen(unit, resident)
-        norm = torch.linalg.vector_norm(resident.flat_gradient()).item()
+        norm = resident.gradient_norm()
         self._square_norm += norm * norm
         if self._settings is None or not math.isfinite(self._square_norm):
             if self.began:
@@ -545,9 +557,9 @@ class _Updates:
             trainer.residency.transaction, self.began = self._settle(), True
         transaction = trainer.residency.transaction
         assert transaction is not None
-        if norm > trainer.spec.optimizer.clip:
-            resident.flat_gradient().mul_(trainer.spec.optimizer.clip / norm)
-        resident.update(trainer.optimizer, transaction.read, transaction.write, self._settings)
+        clip = trainer.spec.optimizer.clip
+        scale = clip / norm if norm > clip else 1.0
+        resident.update(trainer.optimizer, transaction.read, transaction.write, self._settings, scale)
         if not trainer.residency.pins(unit):
             resident.save(transaction.write)
 

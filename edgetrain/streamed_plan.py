@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edgetrain.pieces import buffer_bytes
+from edgetrain.pieces import buffer_bytes, tile_bytes, tiled
 from edgetrain.plan import (
     CACHED_BYTES_PER_S,
     MARGIN_OF_ACTIVATIONS,
@@ -36,6 +36,7 @@ _GRAPH_BYTES = 24 << 10  # of the Python objects that a kept layer takes for eac
 _SPARE_BYTES = 64 * MIB
 _WAITING = ("kept", "boundaries", "logits")  # from forward to backward
 _WITHOUT_FAULTS = 0.85  # of the time: what a step takes that maps no memory anew
+_LEAST_HOLES = 0.2  # of the activations
 _OTHER_BOUNDARIES = 4  # gradients, hidden states of the head and theirs, what was looked up
 
 
@@ -182,7 +183,7 @@ class _Sizes:
     def __init__(self, spec: Spec, probe: StreamedProbe) -> None:
         self.spec, self.probe = spec, probe
         self.stages: ExactStages = exact_stages(spec)
-        self._memory: dict[tuple[bool, int], dict[str, int]] = {}
+        self._memory: dict[tuple[bool, int, bool], dict[str, int]] = {}
         # Units of one sort have layouts of one size.
         self._known = {_sort(unit): [stage.layout(probe.shapes) for stage in unit.stages] for unit in self.stages.units}
         trained, frozen = ({sort: self._bytes(sort, which) for sort in self._known} for which in (True, False))
@@ -196,6 +197,12 @@ class _Sizes:
         # Forward and backward; below the first that is differentiated forward alone.
         self._uses = Counter(self.stages.layers)
         self._uses_backward = Counter(self.stages.layers[self.first_differentiated :])
+        self._in_tiles = [stage.layout(probe.shapes).in_memory for stage in self.stages.in_tiles]
+        # Of the matrices that may come in tiles, trained and frozen.
+        self.tiled_bytes = [
+            sum(tensor.nbytes for layout in self._in_tiles if layout.trained == trained for tensor in tiled(layout))
+            for trained in (True, False)
+        ]
 
     def _layouts(self, units: Iterable[Unit]) -> list[list[StageLayout]]:
         """Those of each sort of unit."""
@@ -216,28 +223,32 @@ class _Sizes:
             for kind, count in kinds.items()
         )
 
-    def buffers(self, resident: bool, kept: int) -> dict[str, int]:
+    def buffers(self, choice: StreamedChoice) -> dict[str, int]:
         """By owner, what ``StreamedTrainer`` allocates."""
-        if (resident, kept) not in self._memory:
+        resident, kept = choice.resident, choice.kept_layers
+        key = resident, kept, choice.tiled
+        if key not in self._memory:
             layers = self.stages.layers
             pinned = set(self.stages.units if resident else layers[len(layers) - kept :])
-            every = buffer_bytes(self._layouts(self.stages.units), False)
-            passing = buffer_bytes([] if resident else self._layouts(self.stages.units), False)
+            in_tiles = {stage.name for stage in self.stages.in_tiles} if choice.tiled else ()
+            tile, trained_tile = tile_bytes(self._in_tiles) if choice.tiled else (0, 0)
+            every = buffer_bytes(self._layouts(self.stages.units), False, in_tiles)
+            passing = buffer_bytes([] if resident else self._layouts(self.stages.units), False, in_tiles)
             owners = {
-                "weights": passing["weights"] + passing["frozen"],
-                "gradients": every["gradients"],
+                "weights": passing["weights"] + passing["frozen"] + tile,
+                "gradients": every["gradients"] + trained_tile,
                 "moments": every["moments"],
             }
             trained = sum(self._trained[unit] for unit in pinned)
             frozen = sum(self._frozen[unit] for unit in pinned)
             owners["resident"] = trained * (3 if resident else 1) + frozen
-            self._memory[resident, kept] = owners
-        return dict(self._memory[resident, kept])
+            self._memory[key] = owners
+        return dict(self._memory[key])
 
     def owners(self, choice: StreamedChoice) -> dict[str, int]:
         probe, train = self.probe, self.spec.train
         n, batch = choice.micro_batch, train.batch_size
-        owners = {"runtime": probe.runtime_bytes, **self.buffers(choice.resident, choice.kept_layers)}
+        owners = {"runtime": probe.runtime_bytes, **self.buffers(choice)}
         owners["activations"] = round(_bytes_at(probe.step_bytes, n))
         # Below the first that trains, a layer is not differentiated: nothing of it is kept.
         kept = self.stages.layers[max(self.first_differentiated, len(self.stages.layers) - choice.kept_layers) :]
@@ -254,7 +265,8 @@ class _Sizes:
         if choice.keeps_freed:
             # Those of one layer in which nothing waits were measured; more layers make more, and what waits most.
             waiting = sum(owners.get(one, 0) for one in _WAITING)
-            measured = round(_bytes_at(probe.hole_bytes, n))
+            # By chance the heap of a probe may have had room: then what it grew by says too little.
+            measured = max(round(_bytes_at(probe.hole_bytes, n)), round(_LEAST_HOLES * owners["activations"]))
             # Logits that come back are mapped, and leave the place empty that they were made in.
             chunk = n * self._chunk_bytes if choice.logits == "offload" else 0
             owners["holes"] = measured + (waiting // 10 or owners["activations"] // 4) + chunk
@@ -313,6 +325,13 @@ class _Sizes:
         moved += 0 if choice.resident else sum(
             2 * (uses - 1) * (self._trained[unit] + self._frozen[unit]) for unit, uses in self._uses.items()
         )  # fmt: skip
+        if choice.tiled:
+            # Read for each micro-batch, forward, again and backward; gradients are added to where they wait, and read
+            # for their norm and the update.
+            trained, frozen = self.tiled_bytes
+            moved += round(5 * parts * trained + (3 * parts - 2) * frozen)
+        if self.spec.optimizer.clip_over == "global" and not choice.resident:
+            moved += 2 * self.trained_bytes + self.frozen_bytes  # every unit, and its gradient, once more
         if choice.keeps_freed:
             total *= _WITHOUT_FAULTS
         return total * parts + (moved + self.scratch_bytes(choice)) / CACHED_BYTES_PER_S
@@ -330,6 +349,10 @@ class _Sizes:
             total += round(self._saved_bytes(moved, n) * batch / n)
         if choice.logits == "offload":
             total += batch * self._logits_bytes
+        if choice.tiled:
+            # Where all gradients wait for their norm, these wait already.
+            waits = self.spec.optimizer.clip_over == "global"
+            total += (-(-batch // n) - waits) * self.tiled_bytes[0]
         if choice.resident:
             return total
         again = sum(max(0, uses - 2) * self._trained[unit] for unit, uses in self._uses_backward.items())
@@ -353,6 +376,7 @@ def _candidates(
     """(choice, bytes by owner, seconds a step), the one that splits and moves least first."""
     train, depth = sizes.spec.train, len(sizes.stages.layers)
     has_table = bool(sizes.stages.output)
+    can_tile = any(sizes.tiled_bytes) and forced != "keep"
     for micro_batch in [train.micro_batch] if train.micro_batch else splits(train.batch_size):
         for resident in (True, False):
             for boundaries in ("memory", "moved"):
@@ -365,6 +389,9 @@ def _candidates(
                             )
                             for kept in _kept(sizes, base, budget_bytes, depth, forced):
                                 choice = dataclasses.replace(base, kept_layers=kept)
+                                yield choice, sizes.owners(choice), sizes.seconds(choice)
+                            if can_tile and not resident:
+                                choice = dataclasses.replace(base, tiled=True)
                                 yield choice, sizes.owners(choice), sizes.seconds(choice)
 
 

@@ -30,6 +30,7 @@ from edgetrain.streamed import StreamedTrainer
 _ALWAYS_MEASURED = 2  # micro-batches: the least that a line can be drawn through
 _MICRO_BATCHES = (1, 2, 4, 8)
 _SMALLEST_TENSOR_BYTES = 128 << 10
+_TILED_FROM_ELEMENTS = 1 << 23  # of a layer: weights and gradients of 64 MiB
 _ENOUGH_S = 4.0  # no larger micro-batch where a step of one layer takes this long
 _REPEATS = 3
 _ROUNDS = 4
@@ -83,6 +84,9 @@ class _Measurement:
         self.stages = exact_stages(spec)
         self.budget_bytes = budget_bytes
         self.most = spec.train.micro_batch or spec.train.batch_size
+        # Of large layers the probe must not need what a training in tiles does not.
+        layouts = [self.model.layout(stage) for stage in self.stages.in_tiles[:1]]
+        self.tiled = sum(layout.num_elements for layout in layouts) >= _TILED_FROM_ELEMENTS
         self.own_bytes = 0
         self.bounded = False
 
@@ -213,8 +217,9 @@ class _Measurement:
 
     def _trainer(self, stages: ExactStages, choice: StreamedChoice) -> StreamedTrainer:
         gc.collect()  # the one before
+        choice = replace(choice, tiled=self.tiled and not choice.kept_layers)
         trainer = StreamedTrainer(self.model, self.device, choice, self.network, stages)
-        trainer.residency.window.gradients.touch()
+        trainer.residency.window.touch_gradients()
         return trainer
 
     def _step(self, stages: ExactStages, choice: StreamedChoice) -> tuple[int, float]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetrain.boundaries import Boundaries
-from edgetrain.resident import Move, widened
+from edgetrain.moves import Move, widened
 from edgetrain.store.layout import StageLayout
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import devices
 import edgetrain.activations
+import edgetrain.pieces
 import edgetrain.stages
 import edgetrain.streamed
 from edgetrain.checkpoint import convert
@@ -54,8 +55,11 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def cut_small(set_: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Tables in small stages, and small tensors worth moving: as if the models were large."""
+    """As if the models were large: tables in small stages, matrices of several tiles, small tensors worth moving."""
     set_(edgetrain.stages, "_CHUNK_BYTES", 1)
+    set_(edgetrain.pieces, "_TILE_ELEMENTS", 700)  # 21 rows of 32
+    set_(edgetrain.pieces, "_SMALLEST_TILED", 1024)
+    set_(edgetrain.pieces, "PIECE_ELEMENTS", 400)  # no multiple of a row, nor a tile one of it
     set_(edgetrain.activations, "SMALLEST_OFFLOADED_BYTES", 512)
     set_(edgetrain.streamed, "SMALLEST_OFFLOADED_BYTES", 512)
 

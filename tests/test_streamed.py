@@ -27,6 +27,7 @@ from edgetrain.randomness import Purpose, Stream
 from edgetrain.resident import Resident
 from edgetrain.spec import OptimizerSpec, Spec
 from edgetrain.stages import Unit, exact_stages
+from edgetrain.store.layout import TensorSpec
 from edgetrain.streamed import backward
 from edgetrain.table import ChunkedCrossEntropy, add_rows
 from tests.language_models import (
@@ -90,6 +91,10 @@ SPECS: dict[str, tuple[Spec, str | None]] = {
 
 MICRO_BATCH = 2  # of 3: the last one is smaller
 PLAIN = StreamedChoice(MICRO_BATCH)
+TILED = [
+    (StreamedChoice(MICRO_BATCH, "recompute", 0, False, "memory", "keep", True, tiled=True), "cpu"),
+    (StreamedChoice(MICRO_BATCH, "offload", 0, False, "moved", "recompute", tiled=True), "emulated"),
+]
 WITH_ALL = ("llama tied", "vit", "recurrent, back through two loops")
 
 
@@ -103,6 +108,7 @@ def choices(depth: int) -> list[tuple[StreamedChoice, str]]:
         (StreamedChoice(MICRO_BATCH, "recompute", 0, False, "memory", "recompute"), "emulated"),
         (StreamedChoice(MICRO_BATCH, "offload", depth - 1, False, "memory", "offload"), "emulated"),
         (StreamedChoice(MICRO_BATCH, "recompute", 2, True, "moved", "offload"), "emulated"),
+        *TILED,
     ]
 
 
@@ -133,6 +139,26 @@ def test_no_choice_changes_a_bit(name: str, thoroughly: bool, tmp_path: Path) ->
         assert found.trainer.retries == 0
         if choice.boundaries == "moved":
             assert found.trainer.offloaded_bytes > expected.trainer.offloaded_bytes, "or nothing is tested"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2", "lora on bf16", "lora in the session", "last layers", "bf16", "computed in bf16",
+        "gpt2 computed in bf16", "clipped layers", "bf16 clipped as a whole",
+    ],
+)  # fmt: skip
+def test_matrices_in_tiles_change_no_bit(name: str, tmp_path: Path) -> None:
+    expected = trained(tmp_path, name, PLAIN)
+    for choice, device in TILED:
+        found = trained(tmp_path, name, choice, device)
+        assert found == expected
+        tiles = found.trainer.residency.window.tiles
+        assert tiles is not None and tiles._weight.nbytes and not tiles._waiting
+        smaller, larger = (one.trainer.residency.window for one in (found, expected))
+        assert smaller.weights.nbytes + smaller.frozen.nbytes < larger.weights.nbytes + larger.frozen.nbytes
+        if SPECS[name][0].exact.train != "lora":
+            assert smaller.gradients.nbytes < larger.gradients.nbytes
 
 
 @pytest.mark.parametrize("name", ["llama tied", "gpt2", "lora", "vit", "masked"])
@@ -243,9 +269,11 @@ def streamed_gradients(
     real = Resident.update
 
     def update(self: Resident, *arguments: Any) -> None:
+        pieces: dict[tuple[str, TensorSpec], list[torch.Tensor]] = {}
         for part in self._parts:
-            shape = part.piece.tensor.shape
-            found[part.member.stage.name, part.piece.tensor.name] = part.gradient.clone().view(shape)
+            pieces.setdefault((part.member.stage.name, part.piece.tensor), []).append(self._gradient(part).clone())
+        for (stage, tensor), values in pieces.items():
+            found[stage, tensor.name] = torch.cat(values).view(tensor.shape)
         real(self, *arguments)
 
     new_session(folder, spec)

@@ -29,7 +29,11 @@ _NOISE_LEVELS = 6
 @options.SESSION
 @options.DATA
 @options.BUDGET
-@click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    help="[test: what was held out; of other text, named by --data, all]",
+)
 @click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one for each block]")
 @click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="Noise draws to average.")
 @click.option("--limit", type=click.IntRange(1), help="Take at most so many examples (language models).")
@@ -40,7 +44,7 @@ def command(
     session: Path,
     data: str | None,
     budget: int | None,
-    split: str,
+    split: str | None,
     euler_steps: int | None,
     draws: int,
     limit: int | None,
@@ -82,6 +86,7 @@ def command(
     if data is not None:
         spec = replace(spec, data=replace(spec.data, source=data))
     scratch = click.get_current_context().with_resource(options.temporary_folder())
+    split = split or "test"
     _, dataset = options.open_data(spec, split, Path(scratch))
     options.start_torch(threads)
     import devices
@@ -146,7 +151,7 @@ def _language(
     session: Session,
     data: str | None,
     budget: int,
-    split: str,
+    split: str | None,
     limit: int | None,
     device: str,
     threads: int,
@@ -183,13 +188,15 @@ def _language(
     options.emit(report, as_json, lines)
 
 
-def _open_text(session: Session, data: str | None, split: str) -> tuple[str, TextDataset]:
-    """The split's name, and its examples."""
+def _open_text(session: Session, data: str | None, split: str | None) -> tuple[str, TextDataset]:
+    """The split's name, and its examples: of other data, if no split is named, all."""
     from edgetrain.data.text import HELD_OUT, TRAIN, open_text
 
     spec = session.spec
     text = spec.text if data is None else replace(spec.text, source=data)
-    part = HELD_OUT if split == "test" else TRAIN
+    part = TRAIN if split == "train" else HELD_OUT
+    if data is not None and split is None:
+        text, part = replace(text, held_out=0.0), TRAIN
     # What training has tokenised is found in its scratch folder.
     scratch = session.scratch if os.access(session.path, os.W_OK) else None
     if scratch is None:
@@ -202,7 +209,7 @@ def _text_model(
     session: Session,
     data: str | None,
     budget: int,
-    split: str,
+    split: str | None,
     how: tuple[int | None, int, int | None],
     device: str,
     threads: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -56,6 +57,7 @@ def command(
         spec = found.spec
         budget = options.saved_budget(found, budget)
         plan = options.plan_of_session(found, spec, device, threads, budget, activations)
+        plan = dataclasses.replace(plan, session_bytes=found.store.num_bytes)  # what is frozen need not be copied
     else:
         if budget is None:
             raise UsageError("plan needs --memory-budget", "For example --memory-budget 350MiB.")

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edgetrain.errors import UsageError
+from edgetrain.models.matrices import Matrix, ResidentMatrix, product, product_backward
 from edgetrain.randomness import Purpose, Stream, words
 
 Masks = Callable[[str, tuple[int, ...]], Tensor]
@@ -36,15 +36,11 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _transposed(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.T
-
-
 class _Map(torch.autograd.Function):
-    """x (..., in) -> x W^T + b (..., out). W may be a transposed view: no product copies it.
+    """x (..., in) -> x W^T + b (..., out).
 
-    ``into``: where the gradient of W is added by the product itself, if there is such memory: that saves a tensor as
-    large as W, and with it most of what a step asks of the allocator.
+    The gradient of W is added by the product itself where there is memory for it: that saves a tensor as large as W,
+    and with it most of what a step asks of the allocator.
     """
 
     @staticmethod
@@ -53,39 +49,36 @@ class _Map(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        into: Tensor | None,
+        matrix: Matrix | None,
+        in_out: bool,
         make: Callable[..., Tensor],
         *sources: Tensor,
     ) -> Tensor:
         # A frozen weight wants no gradient, so its input isn't needed again.
-        ctx.save_for_backward(weight, *(sources if ctx.needs_input_grad[1] else ()))
-        ctx.into, ctx.make, ctx.num_sources = into, make, len(sources)
-        return F.linear(x, weight, bias)  # in bf16 under autocast, which backward is not
+        ctx.save_for_backward(*(sources if ctx.needs_input_grad[1] else ()))
+        ctx.weight, ctx.matrix, ctx.in_out, ctx.make, ctx.num_sources = weight, matrix, in_out, make, len(sources)
+        return product(x, matrix or ResidentMatrix(weight, None), bias, in_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        weight, *sources = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
-        dx = dw = db = None
+        x = dw = db = None
+        matrix = ctx.matrix
         if ctx.needs_input_grad[1]:
-            x = ctx.make(*sources).to(flat.dtype)
+            x = ctx.make(*ctx.saved_tensors).to(flat.dtype)  # which autocast may have narrowed
             x = x.reshape(-1, x.shape[-1])
-            # In the memory layout of the weight.
-            into, a, b = (ctx.into, flat.T, x) if weight.is_contiguous() else (_transposed(ctx.into), x.T, flat)
-            if into is None:
-                dw = a @ b if weight.is_contiguous() else (a @ b).T
-            elif into.dtype == a.dtype:
-                into.addmm_(a, b)
-            else:
-                into.add_(a @ b)
-            del x, a, b
-        if ctx.needs_input_grad[0]:
-            dx = (flat @ weight.to(flat.dtype)).view(*gradient.shape[:-1], -1)
+            if matrix is None and ctx.weight.grad is None:
+                dw = torch.zeros_like(ctx.weight)
+        if matrix is None:
+            matrix = ResidentMatrix(ctx.weight, ctx.weight.grad if dw is None else dw)
+        dx = product_backward(flat, matrix, x, ctx.in_out, ctx.needs_input_grad[0])
+        if dx is not None:
+            dx = dx.view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[2]:
             db = flat.sum(0)
         # The sources get their gradient through x: here they only stand in for its values.
-        return dx, dw, db, None, None, *(None,) * ctx.num_sources
+        return dx, dw, db, None, None, None, *(None,) * ctx.num_sources
 
 
 class _Masked(torch.autograd.Function):
@@ -106,7 +99,8 @@ class LinearMap(nn.Module):
     """A linear map of ``num_in`` to ``num_out`` elements. Its parameters hold no values until they are bound.
 
     ``lora_A`` and ``lora_B``, added by ``wrap``, make it y = base(x) + (alpha / rank) B(A(dropout(x)))
-    (arXiv 2106.09685, equation 3). ``masks`` is set before each run; None: no dropout.
+    (arXiv 2106.09685, equation 3). ``masks`` is set before each run; None: no dropout. ``matrix``: where the weight is,
+    if not in memory as a whole; then the parameter ``weight`` is empty, and tells by its ``requires_grad`` what to do.
     """
 
     in_out = False  # whether the weight is stored (in, out)
@@ -120,6 +114,7 @@ class LinearMap(nn.Module):
         self.lora_B: Linear | None = None
         self.name, self.scale, self.dropout = "", 1.0, 0.0
         self.masks: Masks | None = None
+        self.matrix: Matrix | None = None
 
     def adapt(self, name: str, rank: int, alpha: float, dropout: float) -> None:
         self.name, self.scale, self.dropout = name, alpha / rank, dropout
@@ -128,10 +123,9 @@ class LinearMap(nn.Module):
     def forward(self, x: Tensor | Derived) -> Tensor:
         """x (..., in) -> (..., out)."""
         given = x if isinstance(x, Derived) else Derived(x, _same, (x,))
-        weight, into = (self.weight.T if self.in_out else self.weight), self.weight.grad
-        if self.in_out and into is not None:
-            into = into.T
-        y: Tensor = _Map.apply(given.value, weight, self.bias, into, given.make, *given.sources)
+        y: Tensor = _Map.apply(
+            given.value, self.weight, self.bias, self.matrix, self.in_out, given.make, *given.sources
+        )
         if self.lora_A is None or self.lora_B is None:
             return y
         low = self.lora_A(self._dropped(given))
