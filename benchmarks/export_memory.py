@@ -47,8 +47,8 @@ def make_session(path: Path, width: int, depth: int) -> int:
 
     from edgetrain.blockwise import build_modules
     from edgetrain.models import build_family
+    from edgetrain.recipe import resolve
     from edgetrain.session import Session
-    from edgetrain.spec import resolve
 
     model = {"width": width, "depth": depth, "heads": 8, "patch": 4, "image_shape": [1, 32, 32], "num_classes": 10}
     blocks = depth // 2

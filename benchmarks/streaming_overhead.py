@@ -103,7 +103,7 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     from edgetrain.objectives.base import training_batches
     from edgetrain.objectives.diffusion_blocks import diffusion_blocks
     from edgetrain.probe import measure
-    from edgetrain.spec import load_recipe, resolve
+    from edgetrain.recipe import load_recipe, resolve
     from edgetrain.stages import group_of_block
     from edgetrain.training import create
 

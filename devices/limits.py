@@ -32,7 +32,9 @@ _MALLOPT = {
     "M_TOP_PAD": (-2, 4 * _MIB),
     "M_TRIM_THRESHOLD": (-1, 1 << 30),
 }
-_FROM_HEAP = {"M_MMAP_THRESHOLD": (-3, 32 * _MIB), "M_MXFAST": (1, 0)}
+# What fills a larger block takes long beside its page faults, and its hole would be large.
+_LARGEST_FROM_HEAP = 8 * _MIB
+_FROM_HEAP = {"M_MMAP_THRESHOLD": (-3, _LARGEST_FROM_HEAP), "M_MXFAST": (1, 0)}
 # A mapping of a file in smaps, read and executed alone, with its fields.
 _CODE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+ +/.*((?:\n[A-Z].*)*)", re.MULTILINE)
 _NO_CACHE = "glibc.malloc.tcache_count=0"
@@ -83,7 +85,7 @@ def without_block_cache(environment: Mapping[str, str]) -> dict[str, str] | None
 
 
 def keep_freed_memory(keeps: bool) -> None:
-    """Whether blocks of up to 32 MiB come from the heap, where what was freed is used again, or are mapped one by one
+    """Whether blocks of up to 8 MiB come from the heap, where what was freed is used again, or are mapped one by one
     as ``prepare_process`` has it.
 
     Mapping costs a fifth of a training step in page faults. But a heap has holes, most where small blocks that stay

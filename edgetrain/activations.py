@@ -33,10 +33,20 @@ class Activations(abc.ABC):
 
 
 class Keep(Activations):
-    """Ordinary autograd: everything saved stays in device memory."""
+    """Ordinary autograd: everything saved stays in device memory.
+
+    ``passing``: weights do not. They are back in their place when backward comes; of that autograd, which counts how
+    often a tensor was written, knows nothing, and must not be asked.
+    """
+
+    def __init__(self, passing: bool = False) -> None:
+        self._passing = passing
 
     def run(self, layer: Run, boundary: Boundary) -> Boundary:
-        return layer(boundary)
+        if not self._passing:
+            return layer(boundary)
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach(), lambda saved: saved):
+            return layer(boundary)
 
 
 class Recompute(Activations):

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from devices import limits, meter
 from edgetrain.errors import BadInput, UsageError
 from edgetrain.plan import Plan
+from edgetrain.recipe import difference, load_recipe, resolve, to_toml
 from edgetrain.session import Session
-from edgetrain.spec import Spec, StackSpec, difference, load_recipe, resolve, to_toml
+from edgetrain.spec import Spec, StackSpec
 from edgetrain.stack import Stack, load_stack, located
 from edgetrain.stages import exact_stages
 from edgetrain.units import parse_bytes

@@ -16,8 +16,9 @@ from edgetrain.architectures import head_shapes, layer_shapes, stem_shapes
 from edgetrain.checkpoint import Checkpoint, Source, convert, copy_tokenizer, read_tensor_chunks
 from edgetrain.errors import UsageError
 from edgetrain.randomness import Purpose, Stream, uniform
+from edgetrain.recipe import Changes, resolve
 from edgetrain.session import Session
-from edgetrain.spec import Changes, Spec, resolve
+from edgetrain.spec import Spec
 from edgetrain.stages import Shapes, Stage, exact_stages, rows_of_chunk
 from edgetrain.store import Place
 from edgetrain.store.layout import TensorSpec

@@ -68,7 +68,7 @@ class StreamedChoice:
     ``activations`` "recompute" or "offload": what becomes of those of the others. ``resident``: weights and moments of
     everything stay. ``boundaries`` "memory" or "moved"; ``logits`` "keep", "recompute" or "offload". ``keeps_freed``:
     freed memory stays with the process, which is faster and takes more of it. ``tiled``: of a layer's larger matrices
-    and their gradients one tile at a time is in memory.
+    and their gradients one tile at a time is in memory; of kept layers then what autograd saved alone.
     """
 
     micro_batch: int
@@ -81,7 +81,7 @@ class StreamedChoice:
     tiled: bool = False
 
     def __post_init__(self) -> None:
-        if self.tiled and (self.resident or self.kept_layers):
+        if self.tiled and self.resident:
             raise ValueError("what comes in tiles is not resident")
 
     def describe(self) -> str:
@@ -384,4 +384,4 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 8
+_PROBE_VERSION = 9

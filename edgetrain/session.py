@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 
 from edgetrain import __version__
 from edgetrain.errors import DiskError, SessionCorrupt, SessionLocked, UsageError
-from edgetrain.spec import RESUMABLE_KEYS, RESUMABLE_TABLES, Spec, difference, resolve, to_toml
+from edgetrain.recipe import RESUMABLE_KEYS, RESUMABLE_TABLES, difference, resolve, to_toml
+from edgetrain.spec import Spec
 from edgetrain.stages import Shapes, Stage, frozen, group_of_block, groups
 from edgetrain.store import External, Place, Store, Transaction
 from edgetrain.store.disk import disk_errors, make_folder, replace_file

@@ -1,20 +1,9 @@
-"""What a session trains: the recipe as written, checked and resolved into frozen dataclasses.
-
-A recipe is TOML with the tables below; ``--set table.key=value`` overrides one key. A preset of
-``[diffusion_blocks]`` is a set of defaults for that table, which single keys may override.
-"""
+"""What a session trains: frozen dataclasses, checked when they are made. ``recipe`` reads and writes them."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-import tomllib
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from edgetrain.errors import UsageError
@@ -23,7 +12,8 @@ from edgetrain.noise import NoiseSchedule
 Sharing = Literal["private", "shared", "frozen"]
 
 
-def _require(condition: bool, message: str, hint: str = "") -> None:
+def require(condition: bool, message: str, hint: str = "") -> None:
+    """Raises UsageError unless the condition holds."""
     if not condition:
         raise UsageError(message, hint)
 
@@ -48,19 +38,17 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch", "mlp_ratio"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
-        _require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
-        _require(
-            0 <= self.class_dropout < 1, f"model.class_dropout is {self.class_dropout}, not at least 0 and below 1"
-        )
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
+        require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
+        require(0 <= self.class_dropout < 1, f"model.class_dropout is {self.class_dropout}, not at least 0 and below 1")
         if self.image_shape:
-            _require(
+            require(
                 len(self.image_shape) == 3 and min(self.image_shape) > 0,
                 f"model.image_shape is {list(self.image_shape)}",
                 "It must be [channels, height, width].",
             )
             _, height, width = self.image_shape
-            _require(
+            require(
                 height % self.patch == 0 and width % self.patch == 0,
                 f"images of {height}x{width} pixels do not divide into patches of {self.patch}x{self.patch}",
                 f"Set model.patch to a divisor of {height} and {width}.",
@@ -111,16 +99,16 @@ class LanguageModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "head_dim", "mlp_width", "max_length"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
-        _require(self.heads % self.kv_heads == 0, f"{self.heads} attention heads cannot share {self.kv_heads} of keys")
-        _require(
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
+        require(self.heads % self.kv_heads == 0, f"{self.heads} attention heads cannot share {self.kv_heads} of keys")
+        require(
             self.family == "llama" or self.heads * self.head_dim == self.width,
             f"model.width {self.width} is not {self.heads} heads of {self.head_dim}",
         )
-        _require(self.head_dim % 2 == 0, f"model.head_dim {self.head_dim} is odd: rotary positions need pairs")
-        _require(self.sliding_window >= 0, f"model.sliding_window {self.sliding_window} is negative")
+        require(self.head_dim % 2 == 0, f"model.head_dim {self.head_dim} is odd: rotary positions need pairs")
+        require(self.sliding_window >= 0, f"model.sliding_window {self.sliding_window} is negative")
         for name in ("norm_eps", "rope_theta", "rope_factor"):
-            _require(getattr(self, name) > 0, f"model.{name} must be positive")
+            require(getattr(self, name) > 0, f"model.{name} must be positive")
 
 
 @dataclass(frozen=True)
@@ -151,11 +139,11 @@ class TextModelSpec:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "mlp_ratio", "prelude", "coda", "loops"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
-        _require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
-        _require(self.head_dim % 2 == 0, f"a head's width {self.head_dim} is odd: rotary positions need pairs")
-        _require(self.rope_theta > 0, "model.rope_theta must be positive")
-        _require(
+            require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
+        require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
+        require(self.head_dim % 2 == 0, f"a head's width {self.head_dim} is odd: rotary positions need pairs")
+        require(self.rope_theta > 0, "model.rope_theta must be positive")
+        require(
             0 <= self.backprop_loops <= self.loops,
             f"model.backprop_loops {self.backprop_loops} is not between 0 and {self.loops} loops",
         )
@@ -180,8 +168,8 @@ class TextSpec:
     held_out: float = 0.05
 
     def __post_init__(self) -> None:
-        _require(self.length >= 1, f"data.length must be at least 1 token, it is {self.length}")
-        _require(0 <= self.held_out < 1, f"data.held_out must be at least 0 and below 1, it is {self.held_out}")
+        require(self.length >= 1, f"data.length must be at least 1 token, it is {self.length}")
+        require(0 <= self.held_out < 1, f"data.held_out must be at least 0 and below 1, it is {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -196,8 +184,8 @@ class StackSpec:
     head: bool = True
 
     def __post_init__(self) -> None:
-        _require(self.depth >= 1, f"model.depth must be at least 1, it is {self.depth}")
-        _require(
+        require(self.depth >= 1, f"model.depth must be at least 1, it is {self.depth}")
+        require(
             not self.order or set(self.order) == set(range(self.depth)),
             f"model.order {list(self.order)} does not run each of the {self.depth} blocks",
         )
@@ -219,8 +207,8 @@ class DataSpec:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        _require(bool(self.source), "data.source names no data", "Give a path with --data.")
-        _require(self.shift >= 0, f"data.shift must be at least 0 pixels, it is {self.shift}")
+        require(bool(self.source), "data.source names no data", "Give a path with --data.")
+        require(self.shift >= 0, f"data.shift must be at least 0 pixels, it is {self.shift}")
 
 
 @dataclass(frozen=True)
@@ -250,8 +238,8 @@ class DiffusionBlocksSpec:
     codebook: Literal["frozen", "shared"] = "frozen"
 
     def __post_init__(self) -> None:
-        _require(self.sigma_data >= 0, f"diffusion_blocks.sigma_data must be at least 0, it is {self.sigma_data}")
-        _require(self.auxiliary >= 0, f"diffusion_blocks.auxiliary must be at least 0, it is {self.auxiliary}")
+        require(self.sigma_data >= 0, f"diffusion_blocks.sigma_data must be at least 0, it is {self.sigma_data}")
+        require(self.auxiliary >= 0, f"diffusion_blocks.auxiliary must be at least 0, it is {self.auxiliary}")
         self.noise  # noqa: B018  (checks the noise levels)
 
     @property
@@ -310,12 +298,12 @@ class OptimizerSpec:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "clip"):
-            _require(0 < getattr(self, name) < math.inf, f"optimizer.{name} must be positive")
+            require(0 < getattr(self, name) < math.inf, f"optimizer.{name} must be positive")
         for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} must be at least 0 and below 1")
         for name in ("warmup", "final_lr"):
-            _require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must lie between 0 and 1")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay must be at least 0")
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name} must lie between 0 and 1")
+        require(self.weight_decay >= 0, "optimizer.weight_decay must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -335,12 +323,12 @@ class TrainSpec:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "visit_steps"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1, it is {getattr(self, name)}")
-        _require(
+            require(getattr(self, name) >= 1, f"train.{name} must be at least 1, it is {getattr(self, name)}")
+        require(
             0 <= self.micro_batch <= self.batch_size,
             f"train.micro_batch {self.micro_batch} is not between 1 and the batch size {self.batch_size}",
         )
-        _require(0 <= self.seed < 2**63, f"train.seed {self.seed} is not between 0 and 2^63 - 1")
+        require(0 <= self.seed < 2**63, f"train.seed {self.seed} is not between 0 and 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -366,9 +354,9 @@ class ExactSpec:
 
     def __post_init__(self) -> None:
         for name in ("last_layers", "rank"):
-            _require(getattr(self, name) >= 1, f"exact.{name} must be at least 1, it is {getattr(self, name)}")
-        _require(0 < self.alpha < math.inf, f"exact.alpha must be positive, it is {self.alpha}")
-        _require(0 <= self.dropout < 1, f"exact.dropout must be at least 0 and below 1, it is {self.dropout}")
+            require(getattr(self, name) >= 1, f"exact.{name} must be at least 1, it is {getattr(self, name)}")
+        require(0 < self.alpha < math.inf, f"exact.alpha must be positive, it is {self.alpha}")
+        require(0 <= self.dropout < 1, f"exact.dropout must be at least 0 and below 1, it is {self.dropout}")
 
 
 @dataclass(frozen=True)
@@ -385,51 +373,51 @@ class Spec:
     def __post_init__(self) -> None:
         depth = self.model.depth
         if self.is_exact:
-            _require(
+            require(
                 self.exact.last_layers <= depth or self.exact.train != "last",
                 f"exact.last_layers is {self.exact.last_layers}, and the model has {depth} layers",
             )
-            _require(
+            require(
                 self.exact.train != "lora" or isinstance(self.model, LanguageModelSpec),
                 f"LoRA is there for language models, not for {self.model.family!r}",
                 "Set exact.train to all or last.",
             )
         else:
             blocks = self.diffusion_blocks.num_blocks
-            _require(
+            require(
                 isinstance(self.model, (ModelSpec, TextModelSpec)),
                 f"{self.model.family!r} is trained by the exact objective",
                 'Set train.objective to "exact".',
             )
             method = self.diffusion_blocks
-            _require(
+            require(
                 not (method.auxiliary and method.streams == 1),
                 "diffusion_blocks.auxiliary needs streams = 2: with one stream what is clean has seen the noise",
                 "Set diffusion_blocks.auxiliary = 0, or streams = 2.",
             )
-            _require(
+            require(
                 method.head != "frozen",
                 "a frozen head reads nothing out: it begins at zero",
                 "Set diffusion_blocks.head to private or shared.",
             )
-            _require(
+            require(
                 self.model.family != "dit" or (method.streams == 1 and method.skip and not method.auxiliary),
                 "an image is denoised by D = c_skip z + c_out F, in one stream and without an auxiliary loss",
                 "Leave out diffusion_blocks.streams, skip and auxiliary for the family dit.",
             )
-            _require(
+            require(
                 self.model.family not in ("masked", "recurrent") or not method.auxiliary,
                 f"there is no auxiliary loss for the family {self.model.family!r}",
                 "Leave out diffusion_blocks.auxiliary.",
             )
-            _require(
+            require(
                 self.model.family != "recurrent" or blocks == 1,
                 f"a recurrent core is one block, not {blocks}",
                 "Set diffusion_blocks.num_blocks = 1.",
             )
-            _require(blocks <= depth, f"{blocks} blocks cannot be cut from {depth} layers", "Lower num_blocks.")
+            require(blocks <= depth, f"{blocks} blocks cannot be cut from {depth} layers", "Lower num_blocks.")
         if isinstance(self.model, LanguageModelSpec) and isinstance(self.data, TextSpec):
-            _require(
+            require(
                 self.data.length <= self.model.max_length,
                 f"data.length is {self.data.length} tokens, and the model takes at most {self.model.max_length}",
                 "Lower data.length.",
@@ -492,165 +480,3 @@ class Spec:
         size, rest = divmod(self.model.depth, self.num_blocks)
         start = block * size + min(block, rest)
         return range(start, start + size + (block < rest))
-
-
-Changes = Mapping[str, Any]
-_TABLES = {f.name: typing.get_type_hints(Spec)[f.name] for f in dataclasses.fields(Spec)}
-# By model.family, what its tables [model] and [data] are.
-_FAMILIES: dict[str, tuple[type, type]] = {
-    "vit": (ModelSpec, DataSpec),
-    "dit": (ModelSpec, DataSpec),
-    "masked": (TextModelSpec, TextSpec),
-    "ar": (TextModelSpec, TextSpec),
-    "recurrent": (TextModelSpec, TextSpec),
-    "llama": (LanguageModelSpec, TextSpec),
-    "gpt2": (LanguageModelSpec, TextSpec),
-    "stack": (StackSpec, StackDataSpec),
-}
-
-# What may be changed on a session that exists: nothing in it decides a shape or what has been drawn before.
-RESUMABLE_TABLES = ("optimizer",)
-RESUMABLE_KEYS = (
-    "train.steps", "train.visit_steps", "train.order", "data.source", "data.length", "data.packing", "data.held_out",
-    "exact.compute",
-)  # fmt: skip
-
-
-def resolve(recipe: Mapping[str, Any], changes: Changes | None = None) -> Spec:
-    """The spec of a recipe (tables of keys) with ``changes`` ({"table.key": value}) applied over it.
-
-    Raises:
-        UsageError: an unknown table or key (the nearest is named), a value of the wrong type or out of range.
-    """
-    merged: dict[str, dict[str, Any]] = {}
-    for table, keys in recipe.items():
-        _known(table, _TABLES, "table")
-        _require(isinstance(keys, Mapping), f"{table} is a table of the recipe, not a value", f"Write [{table}].")
-        merged[table] = dict(keys)
-    for dotted, value in (changes or {}).items():
-        table, _, key = dotted.partition(".")
-        _require(bool(key), f"{dotted!r} names no key", "Write table.key, as in train.batch_size.")
-        _known(table, _TABLES, "table")
-        merged.setdefault(table, {})[key] = value
-    family = merged.get("model", {}).get("family", "vit")
-    _require(isinstance(family, str), f"model.family is {family!r}, which is no name")
-    _known(family, _FAMILIES, "model.family")
-    presets = PRESETS.get(family, PRESETS["vit"])
-    written = merged.get("diffusion_blocks", {})
-    preset = written.get("preset", "calibrated")
-    _require(isinstance(preset, str), f"diffusion_blocks.preset is {preset!r}, which is no name")
-    _known(preset, presets, "preset")
-    merged["diffusion_blocks"] = {**presets[preset], **written}
-    classes = {**_TABLES, **dict(zip(("model", "data"), _FAMILIES[family], strict=True))}
-    return Spec(**{table: _build(classes[table], table, merged.get(table, {})) for table in classes})
-
-
-def _known(name: str, names: Mapping[str, Any], what: str) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1, 0.5)
-        raise UsageError(
-            f"unknown {what} {name!r}" + (f": did you mean {near[0]!r}?" if near else ""),
-            f"Known: {', '.join(names)}.",
-        )
-
-
-def _build(cls: type, table: str, keys: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    for key in keys:
-        _known(f"{table}.{key}", {f"{table}.{name}": None for name in hints}, "key")
-    return cls(**{key: _checked(f"{table}.{key}", value, hints[key]) for key, value in keys.items()})
-
-
-def _checked(dotted: str, value: Any, hint: Any) -> Any:
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        fits = any(type(value) is type(choice) and value == choice for choice in choices)
-        _require(fits, f"{dotted} is {value!r}", f"It must be one of {', '.join(map(repr, choices))}.")
-        return value
-    if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is str:
-        good = isinstance(value, (list, tuple)) and all(type(item) is str and item for item in value)
-        _require(good, f"{dotted} is {value!r}", "It must be a list of names.")
-        return tuple(value)
-    if typing.get_origin(hint) is tuple:
-        good = isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value)
-        _require(good, f"{dotted} is {value!r}", "It must be a list of numbers.")
-        return tuple(value)
-    if hint is float and type(value) is int:
-        value = float(value)
-    _require(type(value) is hint, f"{dotted} is {value!r}, which is no {hint.__name__}")
-    _require(hint is not float or math.isfinite(value), f"{dotted} is {value!r}, which is not finite")
-    return value
-
-
-def parse_changes(assignments: tuple[str, ...]) -> dict[str, Any]:
-    """``("train.batch_size=32",)`` -> ``{"train.batch_size": 32}``; values as in TOML, bare words as strings."""
-    changes = {}
-    for assignment in assignments:
-        dotted, equals, text = assignment.partition("=")
-        _require(bool(equals), f"{assignment!r} sets nothing", "Write --set table.key=value.")
-        try:
-            changes[dotted.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            changes[dotted.strip()] = text.strip()
-    return changes
-
-
-def builtin_recipes() -> dict[str, str]:
-    """The recipes that come with edgetrain: name -> TOML text."""
-    folder = resources.files("edgetrain") / "recipes"
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
-    return {name.removesuffix(".toml"): (folder / name).read_text() for name in names}
-
-
-def load_recipe(name_or_path: str) -> dict[str, Any]:
-    """The tables of a built-in recipe or of a TOML file."""
-    builtin = builtin_recipes()
-    if name_or_path in builtin:
-        return tomllib.loads(builtin[name_or_path])
-    path = Path(name_or_path)
-    if not path.suffix and not path.exists():
-        _known(name_or_path, builtin, "recipe")
-    try:
-        return tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            f"the recipe {name_or_path} cannot be read: {error}", f"Built in: {', '.join(builtin)}."
-        ) from error
-
-
-def needs_import(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe says how to train a model that comes from elsewhere."""
-    train = recipe.get("train", {})
-    return isinstance(train, Mapping) and train.get("objective") == "exact" and "model" not in recipe
-
-
-def to_toml(spec: Spec) -> str:
-    """The resolved spec as a recipe that ``resolve`` turns into an equal spec."""
-    lines = []
-    for table, section in dataclasses.asdict(spec).items():
-        lines.append(f"[{table}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in section.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c >= " " and c != "\x7f" else f"\\u{ord(c):04x}" for c in escaped) + '"'
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return repr(value)
-
-
-def difference(old: Spec, new: Spec) -> dict[str, tuple[Any, Any]]:
-    """{"table.key": (old, new)} of every key that differs."""
-    return {
-        f"{table.name}.{key.name}": (getattr(a, key.name), getattr(b, key.name))
-        for table in dataclasses.fields(Spec)
-        for a, b in [(getattr(old, table.name), getattr(new, table.name))]
-        for key in dataclasses.fields(a)
-        if getattr(a, key.name) != getattr(b, key.name)
-    }

@@ -274,7 +274,7 @@ class StreamedTrainer(Trainer):
         if not self._keeping:
             return None
         if position >= len(self.stages.layers) - self.choice.kept_layers:
-            return Keep()
+            return Keep(passing=self.choice.tiled)
         return self._offload if self.choice.activations == "offload" else None
 
     def _first_token(self, chunk: int) -> int:
@@ -282,6 +282,9 @@ class StreamedTrainer(Trainer):
 
     @property
     def _kept(self) -> Sequence[Unit]:
+        """The layers whose weights stay."""
+        if self.choice.tiled:
+            return []
         return list(dict.fromkeys(self.stages.layers[len(self.stages.layers) - self.choice.kept_layers :]))
 
     def _run(self, module: nn.Module, position: int, number: int, policy: Activations | None) -> Mapping[str, Tensor]:

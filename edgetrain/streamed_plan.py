@@ -229,7 +229,7 @@ class _Sizes:
         key = resident, kept, choice.tiled
         if key not in self._memory:
             layers = self.stages.layers
-            pinned = set(self.stages.units if resident else layers[len(layers) - kept :])
+            pinned = set(self.stages.units if resident else () if choice.tiled else layers[len(layers) - kept :])
             in_tiles = {stage.name for stage in self.stages.in_tiles} if choice.tiled else ()
             tile, trained_tile = tile_bytes(self._in_tiles) if choice.tiled else (0, 0)
             every = buffer_bytes(self._layouts(self.stages.units), False, in_tiles)
@@ -376,7 +376,7 @@ def _candidates(
     """(choice, bytes by owner, seconds a step), the one that splits and moves least first."""
     train, depth = sizes.spec.train, len(sizes.stages.layers)
     has_table = bool(sizes.stages.output)
-    can_tile = any(sizes.tiled_bytes) and forced != "keep"
+    can_tile = any(sizes.tiled_bytes)
     for micro_batch in [train.micro_batch] if train.micro_batch else splits(train.batch_size):
         for resident in (True, False):
             for boundaries in ("memory", "moved"):
@@ -387,12 +387,11 @@ def _candidates(
                             base = StreamedChoice(
                                 micro_batch, activations, 0, resident, boundaries, logits, keeps_freed
                             )
-                            for kept in _kept(sizes, base, budget_bytes, depth, forced):
-                                choice = dataclasses.replace(base, kept_layers=kept)
-                                yield choice, sizes.owners(choice), sizes.seconds(choice)
-                            if can_tile and not resident:
-                                choice = dataclasses.replace(base, tiled=True)
-                                yield choice, sizes.owners(choice), sizes.seconds(choice)
+                            for in_tiles in (False, True) if can_tile and not resident else (False,):
+                                one = dataclasses.replace(base, tiled=in_tiles)
+                                for kept in _kept(sizes, one, budget_bytes, depth, forced):
+                                    choice = dataclasses.replace(one, kept_layers=kept)
+                                    yield choice, sizes.owners(choice), sizes.seconds(choice)
 
 
 def _kept(sizes: _Sizes, base: StreamedChoice, budget_bytes: int, depth: int, forced: str | None) -> Sequence[int]:

@@ -217,7 +217,7 @@ class _Measurement:
 
     def _trainer(self, stages: ExactStages, choice: StreamedChoice) -> StreamedTrainer:
         gc.collect()  # the one before
-        choice = replace(choice, tiled=self.tiled and not choice.kept_layers)
+        choice = replace(choice, tiled=self.tiled)
         trainer = StreamedTrainer(self.model, self.device, choice, self.network, stages)
         trainer.residency.window.touch_gradients()
         return trainer

@@ -23,8 +23,9 @@ from edgetrain.models import build_network
 from edgetrain.models.base import Network
 from edgetrain.objectives.base import training_batches
 from edgetrain.plan import StreamedChoice
+from edgetrain.recipe import resolve
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec, resolve
+from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec
 from edgetrain.stages import EXACT_GROUP, Stage, exact_stages
 from edgetrain.store import Place
 from edgetrain.store.layout import TensorSpec

@@ -29,8 +29,9 @@ from edgetrain.models.vit import patch_pixels
 from edgetrain.objectives.base import training_batches
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.plan import StreamedChoice
+from edgetrain.recipe import resolve
 from edgetrain.session import Session
-from edgetrain.spec import Spec, resolve
+from edgetrain.spec import Spec
 from tests import language_models as exact
 from tests.test_engine import complete, new_session, state
 
@@ -127,7 +128,7 @@ def test_blocks_draw_from_their_bands_and_the_whole_model_from_all(digits: Datas
 def _exact() -> dict[str, Any]:
     import tomllib
 
-    from edgetrain.spec import to_toml
+    from edgetrain.recipe import to_toml
 
     tables = tomllib.loads(to_toml(small()))
     tables["train"]["objective"] = "exact"
@@ -348,6 +349,6 @@ def test_from_a_recipe_to_a_grid(objective: str, tmp_path: Path) -> None:
 
 def test_the_recipes_say_the_deviation_of_their_data(digits: Dataset) -> None:
     images, _ = digits.read(np.arange(digits.num_examples))
-    from edgetrain.spec import load_recipe
+    from edgetrain.recipe import load_recipe
 
     assert resolve(load_recipe("dit-digits")).sigma_data == pytest.approx(float(to_float(images).std()), abs=0.02)

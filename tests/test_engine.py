@@ -28,9 +28,10 @@ from edgetrain.errors import SessionCorrupt, SessionLocked, TrainingDiverged, Us
 from edgetrain.models import build_family
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.plan import Choice, Plan, Probe
+from edgetrain.recipe import resolve
 from edgetrain.sampling import Sampler, accuracies, readouts
 from edgetrain.session import Session
-from edgetrain.spec import Spec, resolve
+from edgetrain.spec import Spec
 from edgetrain.stages import Stage, group_of_block, groups, stages_of_block
 from edgetrain.store import Store
 from edgetrain.training import create, next_visit, train

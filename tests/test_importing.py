@@ -24,8 +24,8 @@ from edgetrain.architectures import checkpoint_name, linear_names, stage_shapes,
 from edgetrain.checkpoint import TOKENIZER_FILES, convert, open_checkpoint
 from edgetrain.errors import BadInput, DiskError, SessionCorrupt, SessionLocked, UsageError
 from edgetrain.importing import import_checkpoint, spec_of
+from edgetrain.recipe import load_recipe
 from edgetrain.session import Session
-from edgetrain.spec import load_recipe
 from edgetrain.stages import Stage, exact_stages
 from edgetrain.store import disk
 
@@ -417,7 +417,7 @@ import os, sys
 from pathlib import Path
 from edgetrain import importing, session, stages
 from edgetrain.checkpoint import open_checkpoint
-from edgetrain.spec import load_recipe
+from edgetrain.recipe import load_recipe
 
 folder, path, recipe, where, number = sys.argv[1:]
 module, name = where.rsplit(".", 1)

@@ -11,7 +11,8 @@ import pytest
 from edgetrain import plan as planning
 from edgetrain.errors import BudgetInfeasible
 from edgetrain.plan import Curve, Probe, make_plan, save_probe, saved_probe
-from edgetrain.spec import Spec, resolve
+from edgetrain.recipe import resolve
+from edgetrain.spec import Spec
 
 MIB = 1 << 20
 SHAPES = {

@@ -6,13 +6,9 @@ import tomllib
 import pytest
 
 from edgetrain.errors import UsageError
-from edgetrain.spec import (
-    PRESETS,
+from edgetrain.recipe import (
     RESUMABLE_KEYS,
     RESUMABLE_TABLES,
-    DiffusionBlocksSpec,
-    ModelSpec,
-    Spec,
     builtin_recipes,
     difference,
     load_recipe,
@@ -21,6 +17,7 @@ from edgetrain.spec import (
     resolve,
     to_toml,
 )
+from edgetrain.spec import PRESETS, DiffusionBlocksSpec, ModelSpec, Spec
 
 LLAMA = {"family": "llama", "vocab_size": 100}
 

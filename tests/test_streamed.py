@@ -93,6 +93,7 @@ MICRO_BATCH = 2  # of 3: the last one is smaller
 PLAIN = StreamedChoice(MICRO_BATCH)
 TILED = [
     (StreamedChoice(MICRO_BATCH, "recompute", 0, False, "memory", "keep", True, tiled=True), "cpu"),
+    (StreamedChoice(MICRO_BATCH, "recompute", 2, False, "moved", "recompute", tiled=True), "cpu"),
     (StreamedChoice(MICRO_BATCH, "offload", 0, False, "moved", "recompute", tiled=True), "emulated"),
 ]
 WITH_ALL = ("llama tied", "vit", "recurrent, back through two loops")

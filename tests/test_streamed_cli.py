@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from edgetrain.errors import UsageError
+from edgetrain.recipe import resolve
 from edgetrain.session import Session
-from edgetrain.spec import resolve
 from edgetrain.units import MIB
 from tests.data.text_files import SENTENCES, write_tokenizer
 

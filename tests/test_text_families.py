@@ -28,8 +28,9 @@ from edgetrain.objectives.base import Block, training_batches
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks, enter, read_out
 from edgetrain.plan import Probe, StreamedChoice
 from edgetrain.randomness import Purpose, Stream
+from edgetrain.recipe import resolve
 from edgetrain.session import Session
-from edgetrain.spec import Spec, resolve
+from edgetrain.spec import Spec
 from edgetrain.stages import Stage
 from edgetrain.store.layout import TensorSpec
 from edgetrain.text_sampling import TextModel

@@ -21,7 +21,8 @@ from edgetrain.noise import preconditioning, time_frequencies
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.objectives.diffusion_blocks import codebook_rows, diffusion_blocks, enter, read_out
 from edgetrain.randomness import Purpose, Stream, normal
-from edgetrain.spec import Spec, resolve
+from edgetrain.recipe import resolve
+from edgetrain.spec import Spec
 
 BATCH = 16
 

@@ -30,7 +30,7 @@ def command(
     """
     from edgetrain.checkpoint import open_checkpoint
     from edgetrain.importing import import_checkpoint, spec_of
-    from edgetrain.spec import load_recipe, parse_changes
+    from edgetrain.recipe import load_recipe, parse_changes
     from edgetrain.units import format_bytes
 
     checkpoint = open_checkpoint(folder)

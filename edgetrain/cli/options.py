@@ -65,7 +65,7 @@ def emit(value: Mapping[str, Any], as_json: bool, text: Callable[[], str]) -> No
 
 def new_spec(recipe: str, data: str | None, steps: int | None, assignments: tuple[str, ...]) -> Spec:
     """The spec of a recipe and the command's changes to it."""
-    from edgetrain.spec import load_recipe, needs_import, parse_changes, resolve
+    from edgetrain.recipe import load_recipe, needs_import, parse_changes, resolve
 
     changes = parse_changes(assignments)
     if data is not None:

@@ -23,7 +23,8 @@ from edgetrain.cli.options import start_torch
 from edgetrain.errors import EdgetrainError
 from edgetrain.plan import Probe, save_probe, saved_probe
 from edgetrain.planning import parse_probe, smallest_budget_bytes
-from edgetrain.spec import Spec, resolve, to_toml
+from edgetrain.recipe import resolve, to_toml
+from edgetrain.spec import Spec
 from edgetrain.streamed_plan import StreamedProbe
 
 _RESULT = "EDGETRAIN_PROBE"

@@ -21,7 +21,7 @@ def command(name: str | None, as_json: bool) -> None:
     import tomllib
     from pathlib import Path
 
-    from edgetrain.spec import builtin_recipes, load_recipe, needs_import, resolve, to_toml
+    from edgetrain.recipe import builtin_recipes, load_recipe, needs_import, resolve, to_toml
 
     recipes = builtin_recipes()
     if name is not None:

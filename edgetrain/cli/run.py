@@ -85,7 +85,7 @@ def _create(
     from edgetrain.cli.probe import probed
     from edgetrain.models.stack import StackNetwork, describe, spec_of
     from edgetrain.plan import forget_probe
-    from edgetrain.spec import load_recipe, parse_changes
+    from edgetrain.recipe import load_recipe, parse_changes
     from edgetrain.stack import load_stack
     from edgetrain.training import create
 

@@ -55,8 +55,8 @@ def command(
     options.check_device(device)
     from edgetrain import planning
     from edgetrain.cli.probe import probed
+    from edgetrain.recipe import parse_changes, resolve
     from edgetrain.session import Session
-    from edgetrain.spec import parse_changes, resolve
     from edgetrain.training import create, train
 
     found = Session.open(session) if Session.exists(session) else None
@@ -119,7 +119,7 @@ def _stop_on_signals() -> Any:
 def _as_tables(spec: Any) -> dict[str, Any]:
     import tomllib
 
-    from edgetrain.spec import to_toml
+    from edgetrain.recipe import to_toml
 
     return tomllib.loads(to_toml(spec))
 
@@ -129,7 +129,7 @@ def _with_recipe(tables: dict[str, Any], recipe: str) -> dict[str, Any]:
 
     What may change on a session stays as it is: there only --set, --steps and --data change it.
     """
-    from edgetrain.spec import RESUMABLE_KEYS, RESUMABLE_TABLES, load_recipe
+    from edgetrain.recipe import RESUMABLE_KEYS, RESUMABLE_TABLES, load_recipe
 
     given = load_recipe(recipe)
     return {

@@ -27,7 +27,8 @@ from edgetrain.data.batches import indices_of
 from edgetrain.errors import BadInput, EdgetrainError, UsageError
 from edgetrain.models.base import Boundary, Network
 from edgetrain.randomness import Purpose, Stream, words
-from edgetrain.spec import Changes, Spec, StackSpec, resolve
+from edgetrain.recipe import Changes, resolve
+from edgetrain.spec import Spec, StackSpec
 from edgetrain.stack import Factory, Stack, described, load_stack
 from edgetrain.stages import Shapes, Stage
 from edgetrain.store.layout import TensorSpec

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from edgetrain.models.vit import ViT
+from edgetrain.recipe import resolve
 from edgetrain.session import Session
-from edgetrain.spec import Spec, resolve
+from edgetrain.spec import Spec
 from edgetrain.stages import Stage
 from edgetrain.store.layout import TensorSpec
 from exporters.onnx import stage

@@ -14,8 +14,9 @@ import devices
 from edgetrain.errors import BadInput
 from edgetrain.image_sampling import ImageSampler
 from edgetrain.models import build_family, build_network
+from edgetrain.recipe import resolve
 from edgetrain.session import Session
-from edgetrain.spec import Spec, resolve
+from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
 from exporters import parity
 from exporters.image_runtime import ImageGenerator
