@@ -18,7 +18,7 @@ _BEGINNINGS = ("And the servant of the king went up", "Blessed is the man who")
 
 def write_chats(path: Path, count: int) -> None:
     """Verses of some length, cut in the middle."""
-    verses = [line for line in king_james().read_text().splitlines() if 80 <= len(line) <= 300]
+    verses = [line for line in king_james().read_text().splitlines() if 80 <= len(line) <= 200]
     chosen = verses[:: len(verses) // count][:count]
     with path.open("w") as file:
         for verse in chosen:
@@ -33,14 +33,14 @@ def write_chats(path: Path, count: int) -> None:
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--steps", type=int, default=200)
+    arguments.add_argument("--steps", type=int, default=100)
     arguments.add_argument("--chats", type=int, default=1000)
     arguments.add_argument("--budget", default="320MiB")
     arguments.add_argument("--threads", default="1")
     told = arguments.parse_args()
     steps, num_chats = (4, 40) if told.quick else (told.steps, told.chats)
     changes = {
-        "data.length": 160, "data.packing": "false", "data.held_out": 0.1, "train.batch_size": 4, "train.steps": steps,
+        "data.length": 128, "data.packing": "false", "data.held_out": 0.1, "train.batch_size": 4, "train.steps": steps,
         "optimizer.lr": 5e-4,
     }  # fmt: skip
     within = ["--memory-budget", told.budget, "--threads", told.threads]
