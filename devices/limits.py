@@ -36,13 +36,15 @@ _MALLOPT = {
 _LARGEST_FROM_HEAP = 8 * _MIB
 _FROM_HEAP = {"M_MMAP_THRESHOLD": (-3, _LARGEST_FROM_HEAP), "M_MXFAST": (1, 0)}
 # A mapping of a file in smaps, read and executed alone, with its fields.
-_CODE = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+ +/.*((?:\n[A-Z].*)*)", re.MULTILINE)
+_CODE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ (\S+ \S+) +/.*((?:\n[A-Z].*)*)", re.MULTILINE)
+_NONE = re.compile(rb"^(?:Anonymous|Swap): +0 kB$", re.MULTILINE)
+_noted_code: set[tuple[int, int, bytes]] | None = None
 _NO_CACHE = "glibc.malloc.tcache_count=0"
 # Code that oneDNN has written for products of one shape, a MiB each; a step has some 30 in bf16, none in fp32.
 _KEPT_PRIMITIVES = 64
 _STACK_GROWTH_BYTES = _MIB // 2
-# The last is oneDNN's, of code that it writes for a new shape.
-_OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "could not create a primitive")
+# The last is oneDNN's, of code for a new shape; of a descriptor it would mean that there is no such operation.
+_OUT_OF_MEMORY = re.compile("can't allocate memory|bad_alloc|out of memory|could not create a primitive(?! descriptor)")
 
 
 def prepare_process(num_threads: int) -> dict[str, int]:
@@ -111,16 +113,21 @@ def release_code() -> None:
 
     Importing torch runs 60 MiB of code that never runs again, and it counts as resident. Of mappings that only
     execute, and of which nothing was changed in memory, the file has every page; the system's cache keeps it, too.
+    The first call, for which no other thread may load or unload libraries, says which mappings later ones are about.
     """
+    global _noted_code  # noqa: PLW0603
     try:
         madvise = ctypes.CDLL(None).madvise
-        mappings = Path("/proc/self/smaps").read_text()
-    except (AttributeError, OSError, TypeError, MemoryError):  # not Linux, or there is not even memory to ask
+        found = _CODE.findall(Path("/proc/self/smaps").read_bytes())
+    except (AttributeError, OSError, TypeError):  # not Linux
         return
-    for start, end, fields in _CODE.findall(mappings):
-        if "\nAnonymous:             0 kB" in fields:
-            first, past = int(start, 16), int(end, 16)
-            madvise(ctypes.c_void_p(first), ctypes.c_size_t(past - first), mmap.MADV_DONTNEED)
+    unchanged = {
+        (int(start, 16), int(end, 16), file) for start, end, file, fields in found if len(_NONE.findall(fields)) == 2
+    }
+    # Later ones may just be made, or unmade, by another thread.
+    _noted_code = unchanged if _noted_code is None else _noted_code & unchanged
+    for start, end, _ in _noted_code:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
 def supported() -> bool:
@@ -183,4 +190,4 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if any(base.__name__ == "OutOfMemoryError" for base in type(error).__mro__):
         return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

@@ -169,7 +169,8 @@ class Monitor(_Sampler):
         self.peak_bytes = max(self.peak_bytes, resident)
         if resident > self._budget_bytes - _NEAR_BYTES and time.monotonic() - self._relieved_s > _RELIEVED_FOR_S:
             self._relieved_s = time.monotonic()
-            self._relieve()
+            with contextlib.suppress(Exception):  # above all, there may be no memory for it: the watch goes on
+                self._relieve()
         if resident > self._budget_bytes and self._on_excess is not None:
             on_excess, self._on_excess = self._on_excess, None
             on_excess()

@@ -81,7 +81,8 @@ class Trainer(abc.ABC):
 
     @abc.abstractmethod
     def warm_up(self, progress: BlockProgress) -> None:
-        """Touches the buffers and runs every operation of a step once, on the smallest micro-batch.
+        """Touches the buffers and runs every operation of a step once, on the smallest micro-batch, or where each shape
+        has code of its own on all.
 
         What an operation needs for itself (its code, tables, threads) is in memory afterwards, so that the limit can
         be drawn around it. Nothing of the session changes.

@@ -6,6 +6,7 @@ pages are outside of it, and a thread watches them. Elsewhere there is no such l
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,8 +34,14 @@ class Governor:
         """
         # The monitor's thread and stack exist before the limit is drawn. What is over its margin is code: of that,
         # most is no longer in use.
+        before = meter.usage()
         with meter.Monitor(self.budget_bytes, self._on_excess, relieve=limits.release_code):
             used = meter.usage()
+            if used.file_bytes < before.file_bytes:  # relieved already: what is needed of it comes back
+                more = before.file_bytes - used.file_bytes
+                used = dataclasses.replace(
+                    used, file_bytes=before.file_bytes, resident_bytes=used.resident_bytes + more
+                )
             if not limits.supported():
                 yield self
                 return

@@ -209,7 +209,7 @@ class Resident:
     def zero_gradients(self) -> None:
         """Of what is bound."""
         self.flat_gradient().zero_()
-        self._forget_tiles()
+        self.forget_tiles()
 
     def gradient_norm(self) -> float:
         """Of what is bound: taken by pieces, which are the same wherever the gradients are."""
@@ -275,9 +275,10 @@ class Resident:
                 self._update_alike(optimizer, at, [whole], [moments])
         for at, parts in together.items():
             self._update_alike(optimizer, at, parts, [part.moments for part in parts])
-        self._forget_tiles()
+        self.forget_tiles()
 
-    def _forget_tiles(self) -> None:
+    def forget_tiles(self) -> None:
+        """Gives back where the gradients of tiled matrices wait."""
         for member in self.members if self.tiles else ():
             assert self.tiles is not None
             self.tiles.forget(member.stage.name)

@@ -133,12 +133,15 @@ class StreamedTrainer(Trainer):
     def warm_up(self, progress: BlockProgress) -> None:
         self.residency.touch()
         self.enter(0)
-        # For products in bf16 a library writes code for each shape, and keeps it.
-        sizes = {count for _, count in self._split(self.choice.micro_batch)} if self._in_bf16 else {1}
         for keeping in (False, True):
             self._keeping = keeping
-            for count in sorted(sizes):
+            self.differentiate(progress.step, 1)
+        if self._in_bf16:
+            # A library writes code for each shape of a product, and keeps it. With nothing kept, that fits.
+            self._keeping = False
+            for count in sorted({count for _, count in self._split(self.choice.micro_batch)} - {1}):
                 self.differentiate(progress.step, count)
+            self._keeping = True
         warm_up_kernels(self.device)
         # Not before: what libraries take once, and keep, would lie between the holes.
         keep_freed_memory(self.choice.keeps_freed)
@@ -547,6 +550,7 @@ class _Updates:
             if self.began:
                 raise Rewind(skip=self._step)
             self._settings = None
+            resident.forget_tiles()
         elif self._waits:
             trainer._spill.put(f"{unit.stages[0].name}.all", resident.gradients, resident.gradient_bytes)
             self._waiting.append(unit)

@@ -268,7 +268,7 @@ class _Sizes:
             # By chance the heap of a probe may have had room: then what it grew by says too little.
             measured = max(round(_bytes_at(probe.hole_bytes, n)), round(_LEAST_HOLES * owners["activations"]))
             # Logits that come back are mapped, and leave the place empty that they were made in.
-            chunk = n * self._chunk_bytes if choice.logits == "offload" else 0
+            chunk = 3 * n * self._chunk_bytes if choice.logits == "offload" else 0
             owners["holes"] = measured + (waiting // 10 or owners["activations"] // 4) + chunk
         if choice.resident and (spilled := self._spilled_bytes):
             owners["spilled"] = spilled

@@ -55,8 +55,8 @@ def add_rows(gradient: Tensor, first_token: int, tokens: Tensor, rows: Tensor) -
 class _Part:
     """A micro-batch: what counts of it, and the sums over the chunks so far."""
 
-    def __init__(self, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> None:
-        self.counts = weights > 0
+    def __init__(self, targets: Tensor, weights: Tensor, dtype: torch.dtype, selects: bool) -> None:
+        self.counts = weights > 0 if selects else torch.ones_like(weights, dtype=torch.bool)
         self.targets, self.weights = targets[self.counts], weights[self.counts]  # (n,)
         n = len(self.targets)
         self.largest = weights.new_full((n,), -torch.inf, dtype=dtype)
@@ -89,7 +89,8 @@ class ChunkedCrossEntropy:
     @torch.no_grad()
     def add(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> None:
         """hidden (n, width), targets (n,), weights (n,)."""
-        part = _Part(targets, weights, hidden.dtype)
+        # In bf16 a library keeps code for each shape that it meets: what does not count goes along, with no weight.
+        part = _Part(targets, weights, hidden.dtype, selects=not self._bf16)
         counted = hidden if bool(part.counts.all()) else hidden[part.counts]
         self._boundaries.put(("hidden", 0, len(self._parts)), {"hidden": counted})
         self._parts.append(part)
@@ -119,7 +120,7 @@ class ChunkedCrossEntropy:
     @torch.no_grad()
     def loss(self) -> float:
         """Not a number if nothing counts: no step is to be made then."""
-        if not any(len(part.targets) for part in self._parts):
+        if not any(bool((part.weights > 0).any()) for part in self._parts):
             return math.nan
         return sum(((p.log_sum - p.target_logit).double() * p.weights).sum().item() for p in self._parts)
 

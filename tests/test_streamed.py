@@ -188,9 +188,38 @@ def test_gradients_of_products_in_bf16_are_near_those_in_float32(tmp_path: Path)
 
         trainer.differentiate(0, 2, seen)
         found[compute] = gradients
+    assert found["bf16"].keys() == found["fp32"].keys() and len(found["fp32"]) > 5
     for key, expected in found["fp32"].items():
         difference = (found["bf16"][key] - expected).norm() / expected.norm()
         assert 1e-5 < difference < 4e-2, key
+
+
+def test_products_in_bf16_have_few_shapes_whatever_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For each a library keeps code: what does not count in a step must not make one."""
+    shapes_met = set()
+    real = ChunkedCrossEntropy._product
+
+    def product(self: ChunkedCrossEntropy, a: torch.Tensor, b: torch.Tensor, *plus: Any) -> torch.Tensor:
+        shapes_met.add((tuple(a.shape), tuple(b.shape)))
+        return real(self, a, b, *plus)
+
+    monkeypatch.setattr(ChunkedCrossEntropy, "_product", product)
+    session = new_session(tmp_path / "s", make_spec(exact__compute="bf16", train__steps=4))
+    trainer = open_trainer(session, StreamedChoice(1))
+    trainer.enter(0)
+    trainer.differentiate(0, 1)
+    first = set(shapes_met)
+    for step in range(1, 4):  # whose examples have other numbers of tokens that count
+        trainer.differentiate(step, 1)
+    assert shapes_met == first
+
+
+def test_gradients_that_are_not_used_wait_nowhere(tmp_path: Path) -> None:
+    session = new_session(tmp_path / "s", make_spec())
+    trainer = open_trainer(session, StreamedChoice(1, tiled=True))
+    trainer.warm_up(session.progress(0))
+    tiles = trainer.residency.window.tiles
+    assert tiles is not None and tiles.moved_bytes and not tiles._waiting
 
 
 def test_what_is_moved_is_not_in_memory(tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 import pytest
 
+import edgetrain.streamed_probe
 from edgetrain.errors import BudgetInfeasible
+from edgetrain.models import build_network
 from edgetrain.plan import Curve, Plan, StreamedChoice
 from edgetrain.recipe import resolve
 from edgetrain.spec import Spec
 from edgetrain.stages import exact_stages
+from edgetrain.streamed import StreamedTrainer
 from edgetrain.streamed_plan import (
     LayerProbe,
     StreamedProbe,
@@ -24,7 +27,7 @@ from edgetrain.streamed_plan import (
 )
 from edgetrain.streamed_probe import _Measurement
 from edgetrain.units import MIB
-from tests.language_models import advance, cut_small, make_spec, new_session, open_trainer, shapes
+from tests.language_models import advance, cut_small, data_of, make_spec, new_session, open_trainer, shapes
 
 SMOL = {
     "model": {
@@ -271,6 +274,32 @@ def test_buffers_are_what_the_trainer_allocates(
     assert choice.resident or abs(sizes.scratch_bytes(choice) - spilled - moved) <= 4096 * choice.tiled * len(
         sizes._known
     )
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+@pytest.mark.usefixtures("one_thread")
+def test_large_layers_are_measured_in_tiles(train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe itself needs no more than a training in tiles."""
+    cut_small(monkeypatch.setattr)
+    monkeypatch.setattr(edgetrain.streamed_probe, "_TILED_FROM_ELEMENTS", 1)
+    opened: list[StreamedTrainer] = []
+    real = _Measurement._trainer
+
+    def trainer(self: _Measurement, *arguments: Any) -> StreamedTrainer:
+        opened.append(real(self, *arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(_Measurement, "_trainer", trainer)
+    spec = make_spec(exact__train=train)
+    data = data_of(spec)
+    data.tokens[:] = 0  # a probe has one chunk of the table
+    network = build_network(spec, data)
+    measured = edgetrain.streamed_probe.measure(spec, network, shapes(spec), "cpu", 4 << 30)
+    assert opened and all(one.choice.tiled for one in opened)
+    assert any(one.residency.window.tiles.moved_bytes for one in opened) == (train == "all")  # type: ignore[union-attr]
+    probe = StreamedProbe.from_json(measured)
+    assert min(value for _, value in probe.layers["layer"].saved_bytes.points[0]) >= 0
+    assert make_streamed_plan(spec, probe, 4 << 30, 1).peak_bytes > 0
 
 
 def test_holes_that_do_not_fit_are_measured_again_for_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "small_parts")
 
 STREAMED, RESIDENT = StreamedChoice(2), StreamedChoice(2, kept_layers=1, resident=True, logits="keep")
 OFFLOADED = StreamedChoice(2, "offload", kept_layers=1, boundaries="moved", logits="offload")
+TILED = StreamedChoice(2, kept_layers=1, tiled=True)
 
 
 SLOW_REWIND = pytest.param(RESIDENT, 50, marks=pytest.mark.slow)
@@ -152,7 +153,7 @@ def test_stopped_after_each_step_and_gone_on_with_another_choice(start: Path) ->
     losses = []
     for choice, device in [
         (RESIDENT, "cpu"), (STREAMED, "cpu"), (OFFLOADED, "emulated"), (RESIDENT, "emulated"), (OFFLOADED, "cpu"),
-        (STREAMED, "emulated"),
+        (TILED, "emulated"),
     ]:  # fmt: skip
         found = advance(path, choice, device, steps=1)
         losses += found.losses
@@ -172,14 +173,15 @@ path, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 random.seed(seed)
 choices = [
     t.StreamedChoice(2), t.StreamedChoice(2, "offload", 1, False, "moved", "offload"),
-    t.StreamedChoice(2, kept_layers=1, resident=True, logits="keep"), t.StreamedChoice(2, kept_layers=2),
+    t.StreamedChoice(2, kept_layers=1, resident=True, logits="keep"), t.StreamedChoice(2, tiled=True),
+    t.StreamedChoice(2, kept_layers=2),
 ]
 steps = []
 for kill in range(kills):
     reading, writing = os.pipe()
     child = os.fork()  # of a process in which torch has not yet done anything
     if child == 0:
-        t.advance(path, choices[kill % 4], on_step=lambda step: os.write(writing, b"."))
+        t.advance(path, choices[kill % 5], on_step=lambda step: os.write(writing, b"."))
         os._exit(0)
     os.close(writing)
     os.read(reading, 1)
@@ -314,7 +316,7 @@ def spoilt(path: Path, choice: StreamedChoice, **how: Any) -> tuple[Done, Spoilt
     return advance(path, choice, change=network.spoil), network
 
 
-@pytest.mark.parametrize("choice", [RESIDENT, OFFLOADED])
+@pytest.mark.parametrize("choice", [RESIDENT, OFFLOADED, TILED])
 def test_an_infinite_loss_changes_nothing(choice: StreamedChoice, start: Path) -> None:
     found, _ = spoilt(copied(start, "s"), choice, losses=[2])
     assert [loss is None for loss in found.losses] == [False, False, True, False, False, False]
@@ -330,7 +332,9 @@ def test_an_infinite_loss_changes_nothing(choice: StreamedChoice, start: Path) -
     assert rest.session.progress(0) == found.session.progress(0)
 
 
-@pytest.mark.parametrize(("choice", "visit_steps"), [(STREAMED, 1), (RESIDENT, 3), (OFFLOADED, 50), SLOW_REWIND])
+@pytest.mark.parametrize(
+    ("choice", "visit_steps"), [(STREAMED, 1), (RESIDENT, 3), (OFFLOADED, 50), (TILED, 3), SLOW_REWIND]
+)
 def test_an_infinite_gradient_below_updated_layers_rewinds(
     choice: StreamedChoice, visit_steps: int, start: Path
 ) -> None:
@@ -379,7 +383,7 @@ def test_an_infinite_gradient_in_the_first_unit_needs_no_rewind(start: Path) -> 
     assert found.hashes == expected.hashes
 
 
-@pytest.mark.parametrize("choice", [STREAMED, RESIDENT])
+@pytest.mark.parametrize("choice", [STREAMED, RESIDENT, TILED])
 def test_with_a_clipped_whole_an_infinite_gradient_changes_nothing(choice: StreamedChoice, tmp_path: Path) -> None:
     spec = make_spec(**SPEC_OF_SIX, optimizer__clip_over="global")
     new_session(tmp_path / "s", spec)
@@ -469,7 +473,7 @@ def micro_batch_log(path: Path, log: list[tuple[int, int]], total: int) -> Done:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("choice", [OFFLOADED, StreamedChoice(2, kept_layers=3, resident=True, logits="keep")])
+@pytest.mark.parametrize("choice", [OFFLOADED, TILED, StreamedChoice(2, kept_layers=3, resident=True, logits="keep")])
 def test_short_of_memory_once_it_recomputes(choice: StreamedChoice, where: str, start: Path) -> None:
     expected = advance(copied(start, "plain"), STREAMED)
     found, network = spoilt(copied(start, "s", 2), choice, memory=(3, 0, where, 1))

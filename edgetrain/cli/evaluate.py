@@ -188,6 +188,10 @@ def _language(
     options.emit(report, as_json, lines)
 
 
+def _same_place(data: str, source: str) -> bool:
+    return data == source or Path(data).resolve() == Path(source).resolve()
+
+
 def _open_text(session: Session, data: str | None, split: str | None) -> tuple[str, TextDataset]:
     """The split's name, and its examples: of other data, if no split is named, all."""
     from edgetrain.data.text import HELD_OUT, TRAIN, open_text
@@ -195,7 +199,7 @@ def _open_text(session: Session, data: str | None, split: str | None) -> tuple[s
     spec = session.spec
     text = spec.text if data is None else replace(spec.text, source=data)
     part = TRAIN if split == "train" else HELD_OUT
-    if data is not None and split is None:
+    if data is not None and split is None and not _same_place(data, spec.text.source):
         text, part = replace(text, held_out=0.0), TRAIN
     # What training has tokenised is found in its scratch folder.
     scratch = session.scratch if os.access(session.path, os.W_OK) else None

@@ -6,7 +6,7 @@ Products go tile by tile wherever the matrix is, so that its place changes no bi
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,15 +69,12 @@ def product(x: Tensor, matrix: Matrix, bias: Tensor | None, in_out: bool) -> Ten
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     flat = x.reshape(-1, x.shape[-1])
-    y = flat.new_empty(len(flat), matrix.shape[1 if in_out else 0])
-    for first, count in spans:
-        rows = matrix.tile(first, count).to(x.dtype)
-        if not in_out:
-            torch.mm(flat, rows.T, out=y[:, first : first + count])
-        elif first == 0:
-            torch.mm(flat[:, :count], rows, out=y)
-        else:
-            y.addmm_(flat[:, first : first + count], rows)
+    if in_out:
+        y = _summed(flat, matrix, spans)
+    else:
+        y = flat.new_empty(len(flat), matrix.shape[0])
+        for first, count in spans:
+            torch.mm(flat, matrix.tile(first, count).to(x.dtype).T, out=y[:, first : first + count])
     if bias is not None:
         y += bias.to(y.dtype)
     return y.unflatten(0, x.shape[:-1])
@@ -88,22 +85,27 @@ def product_backward(
 ) -> Tensor | None:
     """From dL/dy (n, out): adds dL/dW, if x (n, in) is given, and returns dL/dx (n, in) if that is wanted."""
     spans = list(matrix.spans())
-    dx = None
-    if wants_input and len(spans) > 1:
-        dx = gradient.new_empty(len(gradient), matrix.shape[0 if in_out else 1])
-    for first, count in spans:
+    for first, count in spans if x is not None else ():
+        assert x is not None
         own: Any = slice(first, first + count)
-        if x is not None:
-            matrix.add(first, *((x[:, own].T, gradient) if in_out else (gradient[:, own].T, x)))
-        if not wants_input:
-            continue
+        matrix.add(first, *((x[:, own].T, gradient) if in_out else (gradient[:, own].T, x)))
+    if not wants_input:
+        return None
+    if len(spans) == 1:
+        rows = matrix.tile(*spans[0]).to(gradient.dtype)
+        return gradient @ (rows.T if in_out else rows)
+    if not in_out:
+        return _summed(gradient, matrix, spans)
+    dx = gradient.new_empty(len(gradient), matrix.shape[0])
+    for first, count in spans:
         rows = matrix.tile(first, count).to(gradient.dtype)
-        if dx is None:
-            dx = gradient @ (rows.T if in_out else rows)
-        elif in_out:
-            torch.mm(gradient, rows.T, out=dx[:, own])
-        elif first == 0:
-            torch.mm(gradient[:, own], rows, out=dx)
-        else:
-            dx.addmm_(gradient[:, own], rows)
+        torch.mm(gradient, rows.T, out=dx[:, first : first + count])
     return dx
+
+
+def _summed(a: Tensor, matrix: Matrix, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """a (n, rows) times the matrix (n, columns); what tiles of a narrow type contribute is summed in float32."""
+    total = a.new_zeros(len(a), matrix.shape[1], dtype=torch.promote_types(a.dtype, torch.float32))
+    for first, count in spans:
+        add_product(total, a[:, first : first + count], matrix.tile(first, count).to(a.dtype))
+    return total.to(a.dtype)
