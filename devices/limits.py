@@ -4,7 +4,7 @@ Linux bounds the private writable memory of a process by RLIMIT_DATA; allocation
 turns that into an error that can be caught. Elsewhere there is no such limit (``supported``): there a plan
 and a ``meter.Monitor`` have to do.
 
-The order at start-up: ``prepare_process``, import torch, ``release_code``, allocate and touch buffers, run
+The order at start-up: ``prepare_process``, import torch ``releasing_code``, allocate and touch buffers, run
 every operation once and let one allocation fail (the code of the error path is file pages too), start the
 monitor, ``set_data_limit(data_limit_for(budget, usage()))``.
 """
@@ -14,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib.abc
 import mmap
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from devices.meter import Usage
@@ -38,7 +39,7 @@ _FROM_HEAP = {"M_MMAP_THRESHOLD": (-3, _LARGEST_FROM_HEAP), "M_MXFAST": (1, 0)}
 # A mapping of a file in smaps, read and executed alone, with its fields.
 _CODE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ (\S+ \S+) +/.*((?:\n[A-Z].*)*)", re.MULTILINE)
 _NONE = re.compile(rb"^(?:Anonymous|Swap): +0 kB$", re.MULTILINE)
-_noted_code: set[tuple[int, int, bytes]] | None = None
+_noted_code: set[tuple[int, int, bytes]] = set()
 _NO_CACHE = "glibc.malloc.tcache_count=0"
 # Code that oneDNN has written for products of one shape, a MiB each; a step has some 30 in bf16, none in fp32.
 _KEPT_PRIMITIVES = 64
@@ -108,12 +109,35 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def release_code() -> None:
+@contextlib.contextmanager
+def releasing_code() -> Iterator[None]:
+    """``release_code`` for an import of torch inside: once its libraries are loaded, before its own modules take as
+    much memory again, and at the end. No other thread may load or unload libraries meanwhile."""
+    halfway = _Halfway()
+    sys.meta_path.insert(0, halfway)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(halfway)
+        release_code(noting=True)
+
+
+class _Halfway(importlib.abc.MetaPathFinder):
+    """Finds nothing, but is asked for the first module that torch imports after its libraries."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "torch._tensor":
+            release_code(noting=True)
+
+
+def release_code(noting: bool = False) -> None:
     """Lets go of the pages of machine code that are resident: what still runs comes back at its next use.
 
     Importing torch runs 60 MiB of code that never runs again, and it counts as resident. Of mappings that only
     execute, and of which nothing was changed in memory, the file has every page; the system's cache keeps it, too.
-    The first call, for which no other thread may load or unload libraries, says which mappings later ones are about.
+
+    ``noting``: no other thread is loading or unloading libraries, and later calls are about the mappings that there
+    are now. Others could be just being made, or unmade.
     """
     global _noted_code  # noqa: PLW0603
     try:
@@ -124,9 +148,9 @@ def release_code() -> None:
     unchanged = {
         (int(start, 16), int(end, 16), file) for start, end, file, fields in found if len(_NONE.findall(fields)) == 2
     }
-    # Later ones may just be made, or unmade, by another thread.
-    _noted_code = unchanged if _noted_code is None else _noted_code & unchanged
-    for start, end, _ in _noted_code:
+    if noting:
+        _noted_code = unchanged
+    for start, end, _ in unchanged & _noted_code:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 

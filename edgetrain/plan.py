@@ -384,4 +384,4 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 9
+_PROBE_VERSION = 10

@@ -51,7 +51,8 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """An export. ``single_file``: the default chain unrolled in model.onnx, instead of one graph for each block."""
+    """An export. ``single_file``: the default chain unrolled in model.onnx, instead of one graph for each block.
+    ``whole``: a classifier that was trained as one, without noise."""
 
     family: str
     digest: str
@@ -62,6 +63,7 @@ class Manifest:
     width: int
     schedule: NoiseSchedule
     files: Mapping[str, FileRecord]
+    whole: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -210,6 +212,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
             *(_is(float, schedule[key]) for key in ("sigma_min", "sigma_max", "p_mean", "p_std", "overlap")),
         ),
         files=_records(content),
+        whole=_is(bool, content.get("whole", False)),
     )
     num_blocks = parsed.schedule.num_blocks
     needed = {MODEL} if parsed.single_file else {WEIGHTS, *(block_file(i) for i in range(min(num_blocks, _MAX_BLOCKS)))}

@@ -39,7 +39,7 @@ from exporters.manifest import (
     block_file,
     read,
 )
-from exporters.parity import PARITY
+from exporters.parity import PARITY, is_whole_classifier
 from exporters.weights import Weights, write_model, write_safetensors, writing
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
         width=spec.image_model.width,
         schedule=replace(schedule, num_blocks=spec.num_blocks),
         files=files,
+        whole=is_whole_classifier(spec),
     ).write(folder)
 
 
@@ -196,8 +197,11 @@ def _emit_language(session: Session, weights: Weights, folder: Path, digest: str
 
 def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
     spec = session.spec
-    denoiser = dit.denoiser if spec.model.family == "dit" else vit.denoiser
-    graphs = [denoiser(spec, block, weights.shapes) for block in range(spec.num_blocks)]
+    if is_whole_classifier(spec):
+        graphs = [vit.classifier(spec, weights.shapes)]
+    else:
+        denoiser = dit.denoiser if spec.model.family == "dit" else vit.denoiser
+        graphs = [denoiser(spec, block, weights.shapes) for block in range(spec.num_blocks)]
     used = dict.fromkeys(name for graph in graphs for name in graph.weights())
     out, places = write_safetensors(folder / WEIGHTS, weights, used)
     files = {WEIGHTS: FileRecord(out.num_bytes, out.sha256)}
@@ -211,14 +215,17 @@ def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> di
 
 
 def _single(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
-    graph, schedule = vit.chain(session.spec, weights.shapes), session.spec.diffusion_blocks.noise
-    properties = {
-        "blocks": str(schedule.num_blocks),
-        "sigma_low": repr(schedule.sigma_min),
-        "sigma_high": repr(schedule.sigma_max),
-        "noise_scale": repr(math.sqrt(1 + schedule.sigma_max**2)),
-    }
-    properties |= _properties(session, digest)
+    properties = _properties(session, digest)
+    if is_whole_classifier(session.spec):
+        graph = vit.classifier(session.spec, weights.shapes)
+    else:
+        graph, schedule = vit.chain(session.spec, weights.shapes), session.spec.diffusion_blocks.noise
+        properties |= {
+            "blocks": str(schedule.num_blocks),
+            "sigma_low": repr(schedule.sigma_min),
+            "sigma_high": repr(schedule.sigma_max),
+            "noise_scale": repr(math.sqrt(1 + schedule.sigma_max**2)),
+        }
     out, places = write_model(folder / MODEL, graph.model(properties, __version__, {}), weights, graph.weights())
     # The checker would hold the whole file in memory: it gets a twin whose weights are elsewhere, in that very file.
     _write(folder / _CHECKED, graph.model(properties, __version__, places))

@@ -179,6 +179,10 @@ def read_all(descriptor: int) -> bytes:
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
 
+def is_whole_classifier(spec: Spec) -> bool:
+    return spec.model.family == "vit" and spec.is_exact
+
+
 def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, NDArray[Any]]]]:
     """(file, batch size, inputs by name) of everything that is compared; ``sigma`` as a block meets it."""
     schedule = replace(spec.diffusion_blocks.noise, num_blocks=spec.num_blocks)
@@ -189,7 +193,9 @@ def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, N
             images = uniform(_stream(_IMAGES, block), 0, count, int(np.prod(image_shape))) * 2 - 1
             unit = normal(_stream(_STATE, block), 0, count, width)
             inputs: dict[str, NDArray[Any]] = {"images": images.astype(np.float32).reshape(count, *image_shape)}
-            if single_file:
+            if is_whole_classifier(spec):
+                pass  # noise is for the others
+            elif single_file:
                 inputs["noise"] = unit
             elif spec.model.family == "dit":
                 uniforms = uniform(_stream(_SIGMA, block), 0, count)[:, 0]
@@ -220,6 +226,8 @@ def language_cases(spec: Spec) -> Iterator[NDArray[np.int64]]:
 
 def outputs(spec: Spec, single_file: bool) -> tuple[str, ...]:
     """The names of what is compared."""
+    if is_whole_classifier(spec):
+        return ("logits",)
     if spec.model.family == "dit":
         return ("denoised",)
     return ("logits", "sigma_max_logits") if single_file else ("logits", "denoised")

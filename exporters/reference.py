@@ -32,10 +32,11 @@ class Model:
     """The trained model, run stage by stage on several batches."""
 
     def __init__(self, session: Session) -> None:
-        from edgetrain.models import build_family
+        from edgetrain.models import build_family, build_network
 
         self._session = session
-        self._family = build_family(session.spec)
+        whole = parity.is_whole_classifier(session.spec)
+        self._network: Any = build_network(session.spec, None) if whole else build_family(session.spec)
 
     def block(
         self, block: int, images: Sequence[Floats], z: Sequence[Floats], sigma: Sequence[Floats]
@@ -75,6 +76,19 @@ class Model:
                 (denoised(spec, output, noisy, level).numpy(),)
                 for output, noisy, level in zip(made, z_, sigma_, strict=True)
             ]
+
+    def classes(self, images: Sequence[Floats]) -> list[Outputs]:
+        """(logits,) of a classifier trained as a whole, for each batch."""
+        import torch
+
+        stem, *layers, head = stages_of_block(self._session.spec, 0)
+        with torch.inference_mode():
+            given = [(torch.from_numpy(one),) for one in images]
+            boundaries = self._map(stem, lambda module, batch: module(batch), given)
+            for layer in layers:
+                boundaries = self._map(layer, lambda module, boundary: module(boundary), zip(boundaries, strict=True))
+            logits = self._map(head, self._network.logits, zip(boundaries, strict=True))
+            return [(one.numpy(),) for one in logits]
 
     def chain(self, images: Sequence[Floats], noise: Sequence[Floats]) -> list[Outputs]:
         """(logits, sigma_max_logits) of as many Euler steps as blocks, for each batch."""
@@ -117,7 +131,7 @@ class Model:
         from edgetrain.objectives.diffusion_blocks import Codebook
 
         model = self._session.spec.image_model
-        return Codebook(model.num_classes, model.width) if stage.kind == "codebook" else self._family.build(stage.kind)
+        return Codebook(model.num_classes, model.width) if stage.kind == "codebook" else self._network.build(stage.kind)
 
 
 def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: int | None) -> parity.Reference:
@@ -144,7 +158,9 @@ def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: 
             by_file.setdefault(file, []).append(inputs)
         for block, batches in enumerate(by_file.values()):
             given = {name: [inputs[name] for inputs in batches] for name in batches[0]}
-            if single_file:
+            if parity.is_whole_classifier(session.spec):
+                computed = model.classes(**given)
+            elif single_file:
                 computed = model.chain(**given)
             elif session.spec.model.family == "dit":
                 computed = model.images(block, **given)
@@ -174,7 +190,7 @@ def _warm_up(spec: Spec) -> None:
     """Runs every operation once on a model of the same kind that is next to nothing, for the libraries' own pages."""
     import torch
 
-    from edgetrain.models import build_family, dit
+    from edgetrain.models import build_family, build_network, dit
     from edgetrain.objectives.diffusion_blocks import enter, read_out
 
     small = replace(
@@ -183,7 +199,11 @@ def _warm_up(spec: Spec) -> None:
     family = build_family(small)
     with torch.inference_mode():
         z, sigma, images = torch.ones(2, 8), torch.ones(2), torch.ones(2, 1, 2, 2)
-        if spec.model.family == "dit":
+        if parity.is_whole_classifier(spec):
+            network: Any = build_network(small, None)
+            boundary = network.build("layer")(network.build("stem")(images))
+            network.logits(network.build("head"), boundary)
+        elif spec.model.family == "dit":
             boundary = dit.enter(small, family.build("stem"), images, sigma, torch.zeros(2, dtype=torch.int64))
             dit.denoised(small, family.build("head")(family.build("layer")(boundary)), images, sigma)
         else:

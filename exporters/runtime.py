@@ -35,7 +35,8 @@ _OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "Cannot allocate mem
 @dataclass(frozen=True)
 class Prediction:
     """Probabilities (n, classes), averaged over the draws of noise: at the end of the chain, and those that the
-    first step alone gives, at sigma_max, where the state carries nothing yet."""
+    first step alone gives, at sigma_max, where the state carries nothing yet. Of a model trained as a whole both are
+    those that it gives."""
 
     probabilities: Floats
     sigma_max_probabilities: Floats
@@ -75,7 +76,8 @@ class Predictor:
             draws: how many draws of noise to average over.
 
         Raises:
-            UsageError: no draws or steps, or not the default chain from an export that is a single file.
+            UsageError: no draws or steps, not the default chain from an export that is a single file, or any chain from
+                one of a model trained as a whole.
             BadInput: the images have another shape, or a model of the export cannot be run.
         """
         manifest = self.manifest
@@ -91,6 +93,11 @@ class Predictor:
                 "Export without --single-file for other chains.",
             )
         images = np.ascontiguousarray(images, np.float32)
+        if manifest.whole:
+            if (num_steps, projection, draws) != (None, "soft", 1):
+                raise UsageError(f"the model in {self._folder} was trained as a whole: it has no chain and no noise")
+            found = _mean_softmax(self._run(MODEL if manifest.single_file else block_file(0), {"images": images}))
+            return Prediction(found, found)
         noise = [
             normal(Stream(manifest.seed, Purpose.EVALUATION_NOISE, 0, draw), first_example, len(images), manifest.width)
             for draw in range(draws)
@@ -128,7 +135,7 @@ class Predictor:
         return logits, first
 
     def _run(self, file: str, inputs: Mapping[str, Floats]) -> list[Floats]:
-        """The two outputs of one of the models."""
+        """The outputs of one of the models: two, or of one trained as a whole the logits."""
         if self._loaded is None or self._loaded[0] != file:
             self._loaded = None  # before the next one is loaded
             self._loaded = (file, open_model(self._folder / file, self._num_threads))
@@ -136,7 +143,8 @@ class Predictor:
             outputs: list[Floats] = self._loaded[1].run(None, dict(inputs))
         rows, classes = len(inputs["images"]), self.manifest.num_classes
         second = classes if self.manifest.single_file else self.manifest.width
-        if [output.shape for output in outputs] != [(rows, classes), (rows, second)]:
+        expected = [(rows, classes), (rows, second)][: 1 if self.manifest.whole else 2]
+        if [output.shape for output in outputs] != expected:
             raise BadInput(f"{self._folder / file} does not compute what the manifest says")
         return outputs
 

@@ -62,6 +62,14 @@ def chain(spec: Spec, shapes: Shapes) -> Graph:
     return graph
 
 
+def classifier(spec: Spec, shapes: Shapes) -> Graph:
+    """A model trained as a whole: images (n, C, H, W) -> logits (n, classes)."""
+    graph = Graph("classifier", shapes)
+    images = graph.input("images", *spec.image_model.image_shape)
+    graph.output("logits", _Classifier(graph, spec).run(images), spec.image_model.num_classes)
+    return graph
+
+
 class Transformer:
     """Adds parts of a vision transformer to a graph. ``stages``: the names of stem, layers and head."""
 
@@ -128,6 +136,18 @@ class Transformer:
         c_out = g.op("Div", g.op("Mul", sigma, g.floats(sigma_data)), root)
         return g.op("Add", g.op("Mul", c_skip, z), g.op("Mul", c_out, output))
 
+    def _clean_condition(self) -> str:
+        """The learned constant in place of a condition, (1, width)."""
+        g = self.graph
+        return g.op("Unsqueeze", self._silu(g.weight(f"{self.stem}.clean_condition")), g.ints(0))
+
+    def _logits(self, output: str, condition: str) -> str:
+        """(n, width) -> (n, classes)."""
+        g = self.graph
+        with g.scope(self.head):
+            shift, scale = g.split(g.linear(condition, f"{self.head}.modulation"), 2, 1)
+            return g.linear(self._modulate(output, shift, scale), f"{self.head}.readout")
+
     def _modulate(self, x: str, shift: str, scale: str) -> str:
         """Layer norm without parameters of its own, then the condition's shift and scale."""
         g = self.graph
@@ -175,20 +195,13 @@ class _Block(Transformer):
         """What no output needs, the rest of the clean stream after the last keys and values, the graph drops."""
         g = self.graph
         with g.scope(self.stem):
-            constant = self._silu(g.weight(f"{self.stem}.clean_condition"))
-            constant = g.op("Unsqueeze", constant, g.ints(0))  # (1, width)
+            constant = self._clean_condition()
         for layer in self.layers:
             with g.scope("clean"):
                 clean, seen = self._layer(layer, clean, self.spec.image_model.num_patches, constant)
             with g.scope("noisy"):
                 noisy, _ = self._layer(layer, noisy, 1, condition, seen)
         return noisy
-
-    def _logits(self, output: str, condition: str) -> str:
-        g = self.graph
-        with g.scope(self.head):
-            shift, scale = g.split(g.linear(condition, f"{self.head}.modulation"), 2, 1)
-            return g.linear(self._modulate(output, shift, scale), f"{self.head}.readout")
 
     def _denoised(self, logits: str) -> str:
         """The mean of the unit codebook rows (classes, width) under the softmax of the logits."""
@@ -197,3 +210,23 @@ class _Block(Transformer):
             rows = g.weight(f"{self.codebook}.rows")
             length = g.op("Max", g.op("ReduceL2", rows, g.ints(1), keepdims=1), g.floats(_TINY))
             return g.op("MatMul", g.op("Softmax", logits, axis=1), g.op("Div", rows, length))
+
+
+class _Classifier(Transformer):
+    """Adds the whole model to a graph."""
+
+    def __init__(self, graph: Graph, spec: Spec) -> None:
+        super().__init__(graph, spec, [stage.name for stage in stages_of_block(spec, 0)])
+
+    def run(self, images: str) -> str:
+        g, width, tokens = self.graph, self.spec.image_model.width, 1 + self.spec.image_model.num_patches
+        with g.scope(self.stem):
+            condition = self._clean_condition()
+            patches = self._clean_tokens(images)
+            token = g.reshape(g.weight(f"{self.stem}.token"), 1, 1, width)
+            count = g.op("Concat", g.op("Shape", images, start=0, end=1), g.ints(1, width), axis=0)
+            x = g.op("Concat", g.op("Expand", token, count), patches, axis=1)
+        for layer in self.layers:
+            x, _ = self._layer(layer, x, tokens, condition)
+        read = g.reshape(g.op("Gather", x, g.ints(0), axis=1), -1, width)
+        return self._logits(read, condition)

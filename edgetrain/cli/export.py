@@ -79,8 +79,6 @@ def _checked_format(spec: Spec, kind: str | None) -> str:
         raise UsageError("hf is a format of language models, and the session has a classifier", "Use --format onnx.")
     if not isinstance(spec.model, (LanguageModelSpec, ModelSpec)):
         raise UsageError(f"there is no export of a model of the family {spec.model.family!r} for now")
-    if spec.model.family == "vit" and spec.is_exact:
-        raise UsageError("there is no export of a classifier that was trained by the exact objective for now")
     return kind or "onnx"
 
 

@@ -171,13 +171,13 @@ def check_device(kind: str) -> None:
 
 def start_torch(num_threads: int) -> None:
     """Imports torch the way that the limits rely on."""
-    from devices.limits import prepare_process, release_code
+    from devices.limits import prepare_process, releasing_code
 
     prepare_process(num_threads)
-    import torch
+    with releasing_code():
+        import torch
 
     torch.set_num_threads(num_threads)
-    release_code()
 
 
 def saved_budget(session: Session, budget: int | None) -> int:

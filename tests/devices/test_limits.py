@@ -127,7 +127,7 @@ def test_a_limit_can_be_below_what_is_in_use() -> None:
 def test_code_that_ran_once_leaves_memory_and_comes_back_when_it_runs() -> None:
     found = _run("""
 import json
-from devices.limits import prepare_process, release_code
+from devices.limits import prepare_process, release_code, releasing_code
 from devices.meter import usage
 prepare_process(1)
 import torch
@@ -136,7 +136,9 @@ def values():
     (torch.nn.functional.gelu(x @ x) ** 2).sum().backward()
     return x.grad.sum().item()
 imported, first = usage(), values()
-release_code()
+release_code()  # nothing was noted
+assert usage().file_bytes >= imported.file_bytes
+release_code(noting=True)
 released, again = usage(), values()
 try:
     torch.empty(1 << 50)
@@ -149,6 +151,24 @@ print(json.dumps([imported.file_bytes, released.file_bytes, usage().file_bytes, 
     assert used < imported // 2  # what these operations need, and no more
     assert again == first
     assert "allocate" in raised
+
+
+@linux_only
+def test_torch_is_imported_in_less_memory() -> None:
+    peaks = [
+        _run(f"""
+import contextlib, json
+from devices.limits import prepare_process, releasing_code
+from devices.meter import usage
+prepare_process(1)
+with {how}:
+    import torch
+assert torch.ones(3).sum().item() == 3
+print(json.dumps(usage().peak_bytes))
+""")
+        for how in ("releasing_code()", "contextlib.nullcontext()")
+    ]
+    assert peaks[0] < peaks[1] - 25 * MIB
 
 
 @linux_only
@@ -166,7 +186,7 @@ with tempfile.NamedTemporaryFile() as file:
     address = ctypes.addressof(ctypes.c_char.from_buffer(private))
     protect = ctypes.CDLL(None).mprotect
     assert protect(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_EXEC) == 0
-    release_code()
+    release_code(noting=True)
     print(json.dumps(ctypes.string_at(address, 5).decode()))
 """)
         == "patch"
