@@ -36,7 +36,8 @@ _GRAPH_BYTES = 24 << 10  # of the Python objects that a kept layer takes for eac
 _SPARE_BYTES = 64 * MIB
 _WAITING = ("kept", "boundaries", "logits")  # from forward to backward
 _WITHOUT_FAULTS = 0.85  # of the time: what a step takes that maps no memory anew
-_LEAST_HOLES = 0.2  # of the activations
+# Of the activations, as far as these come from the heap: full training and adapters differ by twice as much.
+_LEAST_HOLES, _LEAST_HOLES_BYTES = 0.45, 24 * MIB
 _OTHER_BOUNDARIES = 4  # gradients, hidden states of the head and theirs, what was looked up
 
 
@@ -266,7 +267,8 @@ class _Sizes:
             # Those of one layer in which nothing waits were measured; more layers make more, and what waits most.
             waiting = sum(owners.get(one, 0) for one in _WAITING)
             # By chance the heap of a probe may have had room: then what it grew by says too little.
-            measured = max(round(_bytes_at(probe.hole_bytes, n)), round(_LEAST_HOLES * owners["activations"]))
+            least = min(round(_LEAST_HOLES * owners["activations"]), _LEAST_HOLES_BYTES)
+            measured = max(round(_bytes_at(probe.hole_bytes, n)), least)
             # Logits that come back are mapped, and leave the place empty that they were made in.
             chunk = 3 * n * self._chunk_bytes if choice.logits == "offload" else 0
             owners["holes"] = measured + (waiting // 10 or owners["activations"] // 4) + chunk
