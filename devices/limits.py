@@ -34,8 +34,8 @@ _MALLOPT = {
     "M_TRIM_THRESHOLD": (-1, 1 << 30),
 }
 # What fills a larger block takes long beside its page faults, and its hole would be large.
-_LARGEST_FROM_HEAP = 8 * _MIB
-_FROM_HEAP = {"M_MMAP_THRESHOLD": (-3, _LARGEST_FROM_HEAP), "M_MXFAST": (1, 0)}
+LARGEST_FROM_HEAP = 8 * _MIB
+_FROM_HEAP = {"M_MMAP_THRESHOLD": (-3, LARGEST_FROM_HEAP), "M_MXFAST": (1, 0)}
 # A mapping of a file in smaps, read and executed alone, with its fields.
 _CODE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) r-xp \S+ (\S+ \S+) +/.*((?:\n[A-Z].*)*)", re.MULTILINE)
 _NONE = re.compile(rb"^(?:Anonymous|Swap): +0 kB$", re.MULTILINE)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from devices.limits import LARGEST_FROM_HEAP
 from edgetrain.pieces import buffer_bytes, tile_bytes, tiled
 from edgetrain.plan import (
     CACHED_BYTES_PER_S,
@@ -265,12 +266,14 @@ class _Sizes:
             owners["logits"] = batch * self._logits_bytes
         if choice.keeps_freed:
             # Those of one layer in which nothing waits were measured; more layers make more, and what waits most.
-            waiting = sum(owners.get(one, 0) for one in _WAITING)
+            from_heap = n * self._chunk_bytes <= LARGEST_FROM_HEAP
+            waits = _WAITING if from_heap else [one for one in _WAITING if one != "logits"]
+            waiting = sum(owners.get(one, 0) for one in waits)
             # By chance the heap of a probe may have had room: then what it grew by says too little.
             least = min(round(_LEAST_HOLES * owners["activations"]), _LEAST_HOLES_BYTES)
             measured = max(round(_bytes_at(probe.hole_bytes, n)), least)
             # Logits that come back are mapped, and leave the place empty that they were made in.
-            chunk = 3 * n * self._chunk_bytes if choice.logits == "offload" else 0
+            chunk = (3 if from_heap else 1) * n * self._chunk_bytes if choice.logits == "offload" else 0
             owners["holes"] = measured + (waiting // 10 or owners["activations"] // 4) + chunk
         if choice.resident and (spilled := self._spilled_bytes):
             owners["spilled"] = spilled

@@ -57,8 +57,9 @@ def run() -> None:
 
 def guarded(work: Callable[[], T], as_json: bool) -> T:
     """What ``work`` returns. Errors become text on stderr, with ``as_json`` an object on stdout, and an exit code."""
-    interrupts = _catch_interrupts()
+    interrupts: list[int] = []
     try:
+        _catch_interrupts(interrupts)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # see cli/become
         return work()
     except EdgetrainError as error:
@@ -77,12 +78,11 @@ def guarded(work: Callable[[], T], as_json: bool) -> T:
         _fail("Interrupted", "interrupted", "", INTERRUPTED_EXIT_CODE, as_json)
 
 
-def _catch_interrupts() -> list[int]:
-    """Lets a Ctrl-C raise KeyboardInterrupt; returns the list of those that came.
+def _catch_interrupts(came: list[int]) -> None:
+    """Lets a Ctrl-C raise KeyboardInterrupt, and adds those that came to ``came``.
 
     Python drops an exception that arises in a finalizer: there it is raised again a moment later.
     """
-    came: list[int] = []
     show = sys.unraisablehook
 
     def interrupt(number: int, frame: object) -> None:
@@ -98,7 +98,6 @@ def _catch_interrupts() -> list[int]:
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGALRM, interrupt)
     sys.unraisablehook = hook
-    return came
 
 
 def _fail(kind: str, message: str, hint: str, exit_code: int, as_json: bool) -> NoReturn:
