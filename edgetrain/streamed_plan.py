@@ -7,6 +7,7 @@ layer. Whatever else is in memory has a size that is known: buffers, boundaries,
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -380,23 +381,24 @@ def _candidates(
 ) -> Iterator[tuple[StreamedChoice, dict[str, int], float]]:
     """(choice, bytes by owner, seconds a step), the one that splits and moves least first."""
     train, depth = sizes.spec.train, len(sizes.stages.layers)
-    has_table = bool(sizes.stages.output)
     can_tile = any(sizes.tiled_bytes)
-    for micro_batch in [train.micro_batch] if train.micro_batch else splits(train.batch_size):
-        for resident in (True, False):
-            for boundaries in ("memory", "moved"):
-                for logits in ("keep", "recompute", "offload") if has_table else ("recompute",):
-                    for activations in [forced] if forced in ("recompute", "offload") else ["recompute", "offload"]:
-                        # What is offloaded leaves the small parts of its graph between the holes.
-                        for keeps_freed in (True, False) if activations == "recompute" else (False,):
-                            base = StreamedChoice(
-                                micro_batch, activations, 0, resident, boundaries, logits, keeps_freed
-                            )
-                            for in_tiles in (False, True) if can_tile and not resident else (False,):
-                                one = dataclasses.replace(base, tiled=in_tiles)
-                                for kept in _kept(sizes, one, budget_bytes, depth, forced):
-                                    choice = dataclasses.replace(one, kept_layers=kept)
-                                    yield choice, sizes.owners(choice), sizes.seconds(choice)
+    ways = itertools.product(
+        [train.micro_batch] if train.micro_batch else splits(train.batch_size),
+        (True, False),
+        ("memory", "moved"),
+        ("keep", "recompute", "offload") if sizes.stages.output else ("recompute",),
+        [forced] if forced in ("recompute", "offload") else ["recompute", "offload"],
+        (True, False),
+        (False, True),
+    )
+    for micro_batch, resident, boundaries, logits, activations, keeps_freed, in_tiles in ways:
+        # What is offloaded leaves the small parts of its graph between the holes.
+        if (keeps_freed and activations == "offload") or (in_tiles and (resident or not can_tile)):
+            continue
+        base = StreamedChoice(micro_batch, activations, 0, resident, boundaries, logits, keeps_freed, in_tiles)
+        for kept in _kept(sizes, base, budget_bytes, depth, forced):
+            choice = dataclasses.replace(base, kept_layers=kept)
+            yield choice, sizes.owners(choice), sizes.seconds(choice)
 
 
 def _kept(sizes: _Sizes, base: StreamedChoice, budget_bytes: int, depth: int, forced: str | None) -> Sequence[int]:
