@@ -39,7 +39,7 @@ _SPARE_BYTES = 64 * MIB
 _WAITING = ("kept", "boundaries", "logits")  # from forward to backward
 _WITHOUT_FAULTS = 0.85  # of the time: what a step takes that maps no memory anew
 # Of the activations, as far as these come from the heap: full training and adapters differ by twice as much.
-_LEAST_HOLES, _LEAST_HOLES_BYTES = 0.45, 24 * MIB
+_LEAST_HOLES, _LEAST_HOLES_BYTES = 0.45, 20 * MIB
 _OTHER_BOUNDARIES = 4  # gradients, hidden states of the head and theirs, what was looked up
 
 
