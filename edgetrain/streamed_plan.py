@@ -303,6 +303,8 @@ class _Sizes:
     @property
     def _chunk_bytes(self) -> int:
         """The logits of one example and one chunk of the table."""
+        if not isinstance(self.spec.model, LanguageModelSpec):
+            return 0
         return 4 * rows_of_chunk(self.spec.language.width) * self.spec.text.length
 
     def seconds(self, choice: StreamedChoice) -> float:

@@ -99,6 +99,16 @@ def test_where_a_layer_is_the_floor_its_matrices_come_in_tiles(train: Literal["a
         assert tight.scratch_bytes_per_step > 16 * layer_bytes * 0.9
 
 
+@pytest.mark.parametrize("model", ["vit", "ar"])
+def test_a_model_without_a_table_is_planned(model: str) -> None:
+    spec = make_spec(model)
+    layer = LayerProbe(line(6e6), {kind: line(0.3) for kind in ("recompute", "keep", "offload")})
+    probe = dataclasses.replace(made_up(smol()), shapes=shapes(spec), layers={"layer": layer})
+    for budget in (300 * MIB, 4 << 30):
+        plan = make_streamed_plan(spec, probe, budget, 1)
+        assert plan.owners.get("logits", 0) == 0 and plan.peak_bytes <= budget
+
+
 def test_a_plan_tells_what_bf16_would_bring() -> None:
     probe = dataclasses.replace(made_up(smol()), bf16_speedup=1.9)
     assert make_streamed_plan(smol(), probe, 4 << 30, 1).bf16_speedup == 1.9
