@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -577,6 +578,16 @@ def test_commands_on_a_session(tmp_path, text_file):
     assert [row["metric"] for row in value["results"]] == ["loss", "perplexity"]
     assert value["results"][0]["value"] == pytest.approx(expected, abs=1e-5)
     assert value["results"][1]["value"] == pytest.approx(math.exp(expected), rel=1e-4)
+    other = tmp_path / "other"
+    shutil.copytree(text_file, other)
+    splits = {}
+    for source, more in ((other, []), (text_file, []), (other, ["--split", "train"])):
+        options = ["--data", source, "--memory-budget", "500MiB", "--json", *more]
+        found = json.loads(run("evaluate", session.path, *options))
+        splits[source, bool(more)] = found["results"][0]["split"], found["num_tokens"]
+    assert splits[text_file, False] == (HELD_OUT, value["num_tokens"]), "the session's own text was trained on"
+    assert splits[other, False][0] == "all" and splits[other, True][0] == "train"
+    assert splits[other, False][1] > splits[other, True][1]
     assert (value["num_examples"], value["num_tokens"]) == (dataset.num_examples, int(weights.sum()))
     assert value["peak_bytes"] <= value["budget_bytes"] == 500 << 20
     written = run("generate", session.path, "--prompt", "The", "--max-tokens", 8, "--memory-budget", "500MiB")

@@ -198,15 +198,15 @@ def _open_text(session: Session, data: str | None, split: str | None) -> tuple[s
 
     spec = session.spec
     text = spec.text if data is None else replace(spec.text, source=data)
-    part = TRAIN if split == "train" else HELD_OUT
+    name = part = TRAIN if split == "train" else HELD_OUT
     if data is not None and split is None and not _same_place(data, spec.text.source):
-        text, part = replace(text, held_out=0.0), TRAIN
+        text, name, part = replace(text, held_out=0.0), "all", TRAIN
     # What training has tokenised is found in its scratch folder.
     scratch = session.scratch if os.access(session.path, os.W_OK) else None
     if scratch is None:
         scratch = Path(click.get_current_context().with_resource(options.temporary_folder()))
     vocab_size: int = spec.model.vocab_size  # type: ignore[union-attr]
-    return part, open_text(text, part, session.model_files, vocab_size, scratch, spec.train.seed)
+    return name, open_text(text, part, session.model_files, vocab_size, scratch, spec.train.seed)
 
 
 def _text_model(
