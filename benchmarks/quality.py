@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import edgetrain, parser, progress, settings
+from common import edgetrain, mib, parser, progress, settings
 
 Scores = dict[str, float]
 """By readout or metric."""
@@ -71,7 +71,7 @@ class Study:
         for one in self.results:
             if (one.arm, one.seed, one.steps, one.lr, one.split) == (arm.name, seed, steps, lr, split):
                 return one
-        session = self.folder / f"{arm.name}-{seed}-{steps}-{lr:g}".replace(" ", "_").replace("/", "")
+        session = self.session(arm, seed, part, lr)
         changes = {**arm.changes, "train.seed": seed, "train.steps": steps, "optimizer.lr": lr}
         created = [
             "--recipe", self.recipe, "--data", str(self.data), "--memory-budget", self.budget, *settings(changes),
@@ -81,13 +81,19 @@ class Study:
         trained = edgetrain(self.folder, "train", str(session), *arguments, *threads, timeout_s=1e6).require()
         seconds = trained.value["seconds"]
         scores = score(self.folder, session)
-        extra = {"peak_bytes": trained.value["peak_bytes"]}
+        floor = json.loads((session / "plan.json").read_text())["owners"]["runtime"]
+        extra = {"above_floor_bytes": trained.value["peak_bytes"] - floor}
         made = Result(arm.name, seed, steps, lr, split, scores, seconds, extra)
         with self._log.open("a") as log:
             log.write(json.dumps(made.__dict__) + "\n")
         self.results.append(made)
         progress(f"{arm.name}, seed {seed}, {steps} steps, lr {lr:g}, {seconds:.0f} s: {split} {scores}")
         return made
+
+    def session(self, arm: Arm, seed: int, part: float, lr: float) -> Path:
+        """Where an arm is trained."""
+        steps = max(1, round(self.steps * arm.times * part))
+        return self.folder / f"{arm.name}-{seed}-{steps}-{lr:g}".replace(" ", "_").replace("/", "")
 
     def lr(self, arm: Arm, score: Score) -> float:
         """The best of the arm's learning rates, at a quarter of its steps, by validation."""
@@ -118,7 +124,7 @@ class Study:
 
     def rows(self, arms: Sequence[Arm], metrics: Sequence[str], digits: int = 2) -> Iterator[list[object]]:
         """Arm, learning rate, steps, curve of the first seed, then mean and deviation of each metric on the test set,
-        and seconds of training."""
+        the most memory above what the runtime takes by itself, in MiB, and seconds of training."""
         for arm in arms:
             tested = self.at(arm, "test")
             curve = [
@@ -128,7 +134,8 @@ class Study:
             seconds = statistics.mean(one.seconds for one in self.at(arm, "validation"))
             yield [
                 arm.name, f"{self.rates[arm.name]:g}", tested[0].steps,
-                " ".join(f"{value:.{digits}f}" for value in curve), *values, f"{seconds:.0f}",
+                " ".join(f"{value:.{digits}f}" for value in curve), *values,
+                mib(max((one.extra.get("above_floor_bytes", 0) for one in tested), default=0)), f"{seconds:.0f}",
             ]  # fmt: skip
 
     def _best(self, scores: Scores) -> float:

@@ -24,7 +24,7 @@ ARMS = [
     Arm("calibrated, B=2", {"diffusion_blocks.num_blocks": 2}, lrs=(2e-3,), seeds=1),
     Arm("calibrated, B=6", {"diffusion_blocks.num_blocks": 6}, lrs=(2e-3,), seeds=1),
 ]
-_READOUTS = ("chain", "chain-mean8", "chain-hard", "chain-hard-mean8", "sigma_max", "sigma_max-mean8")
+_READOUTS = ("chain", "chain-mode", "chain-mean8", "chain-hard", "chain-hard-mean8", "sigma_max", "sigma_max-mean8")
 
 
 def main() -> None:
@@ -60,7 +60,8 @@ def main() -> None:
             )
     report(
         options.out, f"Fashion-MNIST, {steps} steps a block, batch 64, {len(seeds)} seeds: top-1 in per cent",
-        ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "whole model", *_READOUTS, "training s"],
+        ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "whole model", *_READOUTS,
+         "MiB above the runtime", "training s"],
         list(study.rows(ARMS, ["top-1", *_READOUTS])), *notes,
     )  # fmt: skip
     if options.figure is not None:

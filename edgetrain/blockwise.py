@@ -15,8 +15,8 @@ from edgetrain.activations import Activations, Keep, Offload, Recompute
 from edgetrain.engine import Settle, SmallerMicroBatch, Step, Trainer, halved, warm_up_kernels
 from edgetrain.models import build_family
 from edgetrain.models.base import Family, Layer
+from edgetrain.models.codebook import Codebook
 from edgetrain.objectives.base import Block, Objective
-from edgetrain.objectives.diffusion_blocks import Codebook
 from edgetrain.optim import AdamW, learning_rate
 from edgetrain.plan import Choice
 from edgetrain.resident import Resident, Settings, Update

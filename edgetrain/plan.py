@@ -373,7 +373,8 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     model, method = dataclasses.asdict(spec.model), dataclasses.asdict(spec.diffusion_blocks)
     if not isinstance(spec.model, StackSpec):
         del model["depth"]
-    measured = {name: method[name] for name in ("streams", "skip", "auxiliary", "codebook", "stem", "head")}
+    names = ("streams", "skip", "auxiliary", "preconditioning", "joined", "codebook", "stem", "head")
+    measured = {name: method[name] for name in names}
     if spec.is_exact:
         measured = dataclasses.asdict(spec.exact)
     machine = [platform.processor() or platform.machine(), platform.python_version(), os.cpu_count()]

@@ -52,8 +52,11 @@ RESUMABLE_KEYS = (
 )  # fmt: skip
 
 
-def resolve(recipe: Mapping[str, Any], changes: Changes | None = None) -> Spec:
+def resolve(recipe: Mapping[str, Any], changes: Changes | None = None, *, is_complete: bool = False) -> Spec:
     """The spec of a recipe (tables of keys) with ``changes`` ({"table.key": value}) applied over it.
+
+    ``is_complete``: it is what ``to_toml`` wrote, maybe long ago; a key that there was not yet has its default, not
+    what presets have come to say of it.
 
     Raises:
         UsageError: an unknown table or key (the nearest is named), a value of the wrong type or out of range.
@@ -76,7 +79,7 @@ def resolve(recipe: Mapping[str, Any], changes: Changes | None = None) -> Spec:
     preset = written.get("preset", "calibrated")
     require(isinstance(preset, str), f"diffusion_blocks.preset is {preset!r}, which is no name")
     _known(preset, presets, "preset")
-    merged["diffusion_blocks"] = {**presets[preset], **written}
+    merged["diffusion_blocks"] = {**({} if is_complete else presets[preset]), **written}
     classes = {**_TABLES, **dict(zip(("model", "data"), _FAMILIES[family], strict=True))}
     return Spec(**{table: _build(classes[table], table, merged.get(table, {})) for table in classes})
 

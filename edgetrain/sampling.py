@@ -24,11 +24,11 @@ from edgetrain.engine import warm_up_kernels
 from edgetrain.errors import BudgetBroken
 from edgetrain.governor import Governor
 from edgetrain.models import build_family
-from edgetrain.models.base import Network, network_input
+from edgetrain.models.base import Network
+from edgetrain.models.codebook import enter, network_input, read_out
 from edgetrain.models.vit import ClassifierNetwork, Stem, ViTLayer
 from edgetrain.noise import euler_coefficients
 from edgetrain.objectives.base import Block
-from edgetrain.objectives.diffusion_blocks import enter, read_out
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
 from edgetrain.session import Session
@@ -45,7 +45,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Readout:
     """``projection``: how logits become a state again, by expectation ("soft") or by the likeliest row ("hard");
-    ``draws``: how many noise draws are averaged, as probabilities. ``steps = 0`` stops at sigma_max."""
+    ``draws``: how many noise draws are averaged, as probabilities; 0: the chain begins at the mode of the noise, z = 0,
+    instead of a draw. ``steps = 0`` stops at sigma_max."""
 
     name: str
     steps: int
@@ -56,7 +57,7 @@ class Readout:
 def readouts(num_blocks: int, steps: int | None, draws: int) -> list[Readout]:
     """The readouts that ``evaluate`` reports; the chain comes first."""
     n = steps or num_blocks
-    rows = [Readout("chain", n), Readout("chain-hard", n, "hard")]
+    rows = [Readout("chain", n), Readout("chain-mode", n, draws=0), Readout("chain-hard", n, "hard")]
     if draws > 1:
         rows += [
             Readout(f"chain-mean{draws}", n, "soft", draws),
@@ -75,12 +76,12 @@ def accuracies(sampler: Sampler, dataset: Dataset, rows: list[Readout]) -> dict[
     chunk = sampler.chunk_examples(max(row.draws for row in rows))
     for start in range(0, dataset.num_examples, chunk):
         images, labels = dataset.read(np.arange(start, min(start + chunk, dataset.num_examples)))
-        for projection in dict.fromkeys(row.projection for row in rows):
-            mine = [row for row in rows if row.projection == projection]
+        for projection, is_drawn in dict.fromkeys((row.projection, row.draws > 0) for row in rows):
+            mine = [row for row in rows if (row.projection, row.draws > 0) == (projection, is_drawn)]
             draws = max(row.draws for row in mine)
             first, last = sampler.probabilities(images, start, steps, projection, draws)
             for row in mine:
-                found = (last if row.steps else first)[: row.draws].mean(0).argmax(1)
+                found = (last if row.steps else first)[: max(1, row.draws)].mean(0).argmax(1)
                 correct[row.name] += int((found == labels).sum())
     return {name: 100.0 * count / dataset.num_examples for name, count in correct.items()}
 
@@ -163,7 +164,8 @@ class Sampler(Batched):
     def probabilities(
         self, images: NDArray[np.uint8], first_example: int, num_steps: int, projection: str, draws: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Class probabilities (draws, n, classes) of the chain's first step, at sigma_max, and of its last.
+        """Class probabilities (draws, n, classes) of the chain's first step, at sigma_max, and of its last. With no
+        draws, those (1, n, classes) of the chain that begins at z = 0.
 
         Example i's noise is a function of the session's seed, i and the draw: the exported model draws the same.
         Where memory runs out, batches are half as large from then on.
@@ -176,8 +178,9 @@ class Sampler(Batched):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         spec, n = self.spec, len(images)
         grid = spec.diffusion_blocks.noise.grid(num_steps)
-        z = np.empty((draws, n, spec.image_model.width), np.float32)  # between two blocks
-        first = np.empty((draws, n, spec.image_model.num_classes), np.float32)
+        chains = max(1, draws)
+        z = np.zeros((chains, n, spec.image_model.width), np.float32)  # between two blocks
+        first = np.empty((chains, n, spec.image_model.num_classes), np.float32)
         last = np.empty_like(first)
         for index in dict.fromkeys(block for _, block in grid):
             block = bind(self.resident, spec, self.session.shapes, self.family, index)
@@ -186,8 +189,8 @@ class Sampler(Batched):
             for part in self.parts(n):
                 x = torch.from_numpy(to_float(images[part])).to(self.device.torch_device)
                 logits_at = self._denoiser(block, x)
-                for draw in range(draws):
-                    if steps[0] == 0:
+                for draw in range(chains):
+                    if draws and steps[0] == 0:
                         z[draw, part] = self._noise(draw, first_example + part.start, len(x))
                     state = torch.from_numpy(z[draw, part]).to(self.device.torch_device)
                     for k in steps:
@@ -213,13 +216,14 @@ class Sampler(Batched):
 
     def _denoiser(self, block: Block, images: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """(z, sigma) -> logits for these images. Of two streams, that of the images runs once."""
+        rows = block.rows
         if self.spec.diffusion_blocks.streams == 1:
 
             def single_stream(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-                boundary = enter(self.spec, block.stem, images, z, sigma)
+                boundary = enter(self.spec, block.stem, rows, images, z, sigma)
                 for layer in block.layers:
                     boundary = layer(boundary)
-                return read_out(self.spec, block.head, boundary, z, sigma)
+                return read_out(self.spec, block.head, rows, boundary, z, sigma)
 
             return single_stream
         stem, layers = cast(Stem, block.stem), cast(Sequence[ViTLayer], block.layers)
@@ -231,12 +235,12 @@ class Sampler(Batched):
             seen.append(own)
 
         def noisy_stream(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            scaled_z, c_noise = network_input(z, sigma, self.spec.sigma_data)
+            scaled_z, c_noise = network_input(self.spec, rows, z, sigma)
             boundary = stem.noised(scaled_z, c_noise)
             noisy, condition = boundary.carried["noisy"], boundary.context["condition"]
             for layer, own in zip(layers, seen, strict=True):
                 noisy, _ = layer.stream(noisy, condition, own)
-            return read_out(self.spec, block.head, boundary.advance({"noisy": noisy}), z, sigma)
+            return read_out(self.spec, block.head, rows, boundary.advance({"noisy": noisy}), z, sigma)
 
         return noisy_stream
 

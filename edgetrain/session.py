@@ -173,7 +173,7 @@ class Session:
                 "Install a newer edgetrain.",
             )
         try:
-            spec = resolve(tomllib.loads((path / "spec.toml").read_text()))
+            spec = resolve(tomllib.loads((path / "spec.toml").read_text()), is_complete=True)
             external = _external_from_json(header.get("external", {}))
             layouts = _layouts(spec, header["shapes"], external)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:

@@ -10,6 +10,7 @@ from edgetrain.errors import UsageError
 from edgetrain.noise import NoiseSchedule
 
 Sharing = Literal["private", "shared", "frozen"]
+_NOISES_ROWS = ("vit", "ar", "recurrent")  # model.family
 
 
 def require(condition: bool, message: str, hint: str = "") -> None:
@@ -215,8 +216,10 @@ class DataSpec:
 class DiffusionBlocksSpec:
     """The method (Shing et al., arXiv 2506.14202): noise levels, conditioning, and what blocks share.
 
-    ``streams = 2``: image tokens never see the noisy token and take a learned constant as condition;
-    ``skip``: logits are read from D = c_skip z + c_out F instead of from the network's output;
+    ``streams = 2``: clean tokens never see a noisy one and take a learned constant as condition;
+    ``joined``: logits are read from the noisy token and the clean one beside it, added (ar, two streams only);
+    ``preconditioning``: how z enters, as any vector of deviation sigma_data or as a noisy row of the codebook
+    ("discrete"); ``skip``: what z says enters the readout too (see ``models.codebook``);
     ``gate``: the value at which the gates of adaptive layer norm start;
     ``auxiliary``: weight of a cross-entropy on the mean of the image tokens (calibrated, two streams only).
     """
@@ -233,6 +236,8 @@ class DiffusionBlocksSpec:
     skip: bool = False
     gate: float = 0.5
     auxiliary: float = 0.0
+    preconditioning: Literal["edm", "discrete"] = "edm"
+    joined: bool = False
     stem: Sharing = "private"
     head: Sharing = "private"
     codebook: Literal["frozen", "shared"] = "frozen"
@@ -257,16 +262,16 @@ _EDM = {
     "gate": 0.0,
 }  # fmt: skip
 _SHARED = {"stem": "shared", "head": "shared", "codebook": "shared"}
-_NEXT_TOKEN = {"sigma_min": 0.1, "sigma_max": 10.0, "p_mean": -0.5, "p_std": 0.8, "overlap": 0.1}
+_NEXT_TOKEN = {"sigma_min": 0.1, "overlap": 0.1, "preconditioning": "discrete", "skip": True}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "vit": {
-        "calibrated": {},
+        "calibrated": {"preconditioning": "discrete"},
         "paper": {**_EDM, **_SHARED, "sigma_data": 0.5},
     },
     "dit": {"calibrated": _EDM, "paper": {**_EDM, "stem": "shared", "head": "shared"}},
     "masked": {"calibrated": {}, "paper": {"gate": 0.0, "stem": "shared", "head": "shared"}},
     "ar": {
-        "calibrated": _NEXT_TOKEN,
+        "calibrated": {**_NEXT_TOKEN, "joined": True},
         "paper": {**_EDM, **_SHARED, "overlap": 0.1, "sigma_data": 0.5},
     },
     "recurrent": {
@@ -396,6 +401,16 @@ class Spec:
                 "Set diffusion_blocks.auxiliary = 0, or streams = 2.",
             )
             require(
+                method.preconditioning == "edm" or self.model.family in _NOISES_ROWS,
+                f"the family {self.model.family!r} noises no rows of a codebook",
+                'Set diffusion_blocks.preconditioning = "edm".',
+            )
+            require(
+                not method.joined or (self.model.family == "ar" and method.streams == 2),
+                "diffusion_blocks.joined adds the clean tokens of the family ar with streams = 2 to the noisy ones",
+                "Set diffusion_blocks.joined = false.",
+            )
+            require(
                 method.head != "frozen",
                 "a frozen head reads nothing out: it begins at zero",
                 "Set diffusion_blocks.head to private or shared.",
@@ -468,7 +483,7 @@ class Spec:
         """Of the codebook whose rows diffusion_blocks noises; 0 where it noises something else."""
         if self.model.family == "vit":
             return self.image_model.num_classes
-        return self.text_model.vocab_size if self.model.family in ("ar", "recurrent") else 0
+        return self.text_model.vocab_size if self.model.family in _NOISES_ROWS else 0
 
     @property
     def tokens_per_example(self) -> int:

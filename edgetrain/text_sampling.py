@@ -24,12 +24,12 @@ from edgetrain.engine import warm_up_kernels
 from edgetrain.generation import Sampling, choose
 from edgetrain.models import autoregressive, build_family, build_network, recurrent
 from edgetrain.models.attention import KeyValue
-from edgetrain.models.base import Boundary, network_input
+from edgetrain.models.base import Boundary
+from edgetrain.models.codebook import network_input, read_out
 from edgetrain.models.masked import hidden, masked_logits, texts
 from edgetrain.models.recurrent import first_state
 from edgetrain.models.text import TextNetwork
 from edgetrain.noise import euler_coefficients, masking_block
-from edgetrain.objectives.diffusion_blocks import read_out
 from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.resident import Resident
 from edgetrain.sampling import CHUNK_BYTES, Batched, bound
@@ -139,10 +139,12 @@ class TextModel(Batched):
     def costs(self, dataset: TextDataset, num_steps: int, draws: int, limit: int | None = None) -> list[Cost]:
         """What the examples of a text cost, a token.
 
-        Of a next-token model: at sigma_max, where z carries nothing, which is its true negative log-likelihood; and at
-        the end of a chain of ``num_steps``: the mean over noise draws, and by the mean of their probabilities; both
-        are bounds, by Jensen's inequality. Of masked diffusion: the bound of MD4's equation 4, t spread evenly over
-        ``draws`` parts of each block's band. Trained as a whole: the likelihood itself, or the same bound.
+        Of a next-token model: at sigma_max, where z carries nothing, which is its true negative log-likelihood; and of
+        a chain of ``num_steps`` the variational bound, the mean over ``draws`` (Kingma et al., arXiv 2107.00630,
+        equation 13: half the gain of 1 / sigma^2 in each step times |y - D|^2, and the last step's cross-entropy),
+        for ancestral steps with the denoisers that the Euler steps of a generation have. Of masked diffusion: the bound
+        of MD4's equation 4, t spread evenly over ``draws`` parts of each block's band. Trained as a whole: the
+        likelihood itself, or the same bound.
         """
         num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
         found: dict[str, list[NDArray[np.float64]]] = {}
@@ -197,37 +199,40 @@ class TextModel(Batched):
                 for part in self.parts(len(tokens))
             ]
             return {"whole": np.concatenate(parts)}
-        grid = self.spec.diffusion_blocks.noise.grid(num_steps)
-        sigmas = [*(sigma for sigma, _ in grid), 0.0]
-        z = np.empty((draws, *tokens.shape, self.model.width), np.float32)  # between two blocks
-        first, last = np.empty((draws, *tokens.shape)), np.empty((draws, *tokens.shape))
+        schedule = self.spec.diffusion_blocks.noise
+        grid = schedule.grid(num_steps)
+        sigmas = [sigma for sigma, _ in grid]
+        first, bound = np.zeros(tokens.shape), np.full(tokens.shape, _start_cost(schedule.sigma_max, self.model.width))
         for block in dict.fromkeys(block for _, block in grid):
             self.modules.load(block)
-            steps = [k for k, (_, owner) in enumerate(grid) if owner == block]
             for part in self.parts(len(tokens)):
                 wanted = self._tensor(targets[part])
+                y = torch.nn.functional.embedding(wanted, self.modules.rows)
                 denoiser = self._denoiser(self._tensor(tokens[part]))
-                for draw in range(draws):
-                    if steps[0] == 0:
-                        stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE, 0, draw)
-                        z[draw, part] = self._noise(stream, start + part.start, tokens[part].shape)
-                    state = self._tensor(z[draw, part])
-                    for k in steps:
-                        state, logits = self._step(denoiser, state, sigmas[k], sigmas[k + 1])
-                        if k == 0:
-                            first[draw, part] = _negative_log(logits, wanted)
-                        if k == num_steps - 1:
-                            last[draw, part] = _negative_log(logits, wanted)
-                    z[draw, part] = state.cpu().numpy()
-        return {
-            "sigma_max": first.mean(0),
-            "chain": last.mean(0),
-            **({f"chain-mean{draws}": -np.logaddexp.reduce(-last, 0) + math.log(draws)} if draws > 1 else {}),
-        }
+                for draw, k in itertools.product(range(draws), range(num_steps)):
+                    if grid[k][1] != block:
+                        continue
+                    stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE, k, draw)
+                    eps = self._tensor(first_state(stream, start + part.start, tokens[part].shape, self.model.width))
+                    if k == 0:
+                        at_sigma_max = self._at(denoiser, (1 + sigmas[0] ** 2) ** 0.5 * eps, sigmas[0])
+                        first[part] += _negative_log(at_sigma_max, wanted) / draws
+                    logits = self._at(denoiser, y + sigmas[k] * eps, sigmas[k])
+                    if k == num_steps - 1:
+                        bound[part] += _negative_log(logits, wanted) / draws
+                    else:
+                        gained = sigmas[k + 1] ** -2 - sigmas[k] ** -2
+                        error = (y - logits.softmax(-1) @ self.modules.rows).double().square().sum(-1).cpu().numpy()
+                        bound[part] += gained / 2 * error / draws
+        return {"sigma_max": first, "chain": bound}
+
+    def _at(self, denoiser: Denoiser, z: Tensor, sigma: float) -> Tensor:
+        """Logits where the noise level is the same everywhere."""
+        return denoiser(z, torch.full((len(z),), sigma, device=z.device))
 
     def _step(self, denoiser: Denoiser, z: Tensor, sigma: float, following: float) -> tuple[Tensor, Tensor]:
         """An Euler step: the next z, and the logits of this one."""
-        logits = denoiser(z, torch.full((len(z),), sigma, device=z.device))
+        logits = self._at(denoiser, z, sigma)
         a, b = euler_coefficients(sigma, following)
         return a * z + b * (logits.softmax(-1) @ self.modules.rows), logits
 
@@ -241,21 +246,21 @@ class TextModel(Batched):
         return self._ar_denoiser(tokens)
 
     def _recurrent_denoiser(self, tokens: Tensor, last: bool) -> Denoiser:
-        stem = cast(recurrent.Stem, self.modules.stem)
+        rows, stem = self.modules.rows, cast(recurrent.Stem, self.modules.stem)
         injected = stem.injected(tokens)
 
         def logits(z: Tensor, sigma: Tensor) -> Tensor:
-            scaled_z, c_noise = network_input(z, sigma, self.spec.sigma_data)
+            scaled_z, c_noise = network_input(self.spec, rows, z, sigma)
             boundary = Boundary({"state": scaled_z}, {"injected": injected, "condition": stem.condition(c_noise)})
             for layer in self.modules.layers:
                 boundary = layer(boundary)
-            return read_out(self.spec, self.modules.head, boundary, z, sigma, last)
+            return read_out(self.spec, self.modules.head, rows, boundary, z, sigma, last)
 
         return logits
 
     def _ar_denoiser(self, tokens: Tensor, caches: Sequence[KeyValue] | None = None) -> Denoiser:
         """With ``caches``, one for each layer, the tokens follow on what these hold, and only the last is denoised."""
-        stem = cast(autoregressive.Stem, self.modules.stem)
+        rows, stem = self.modules.rows, cast(autoregressive.Stem, self.modules.stem)
         layers = cast(Sequence[autoregressive.Layer], self.modules.layers)
         boundary = stem.clean(tokens)
         clean, constant = boundary.carried["clean"], boundary.context["clean_condition"]
@@ -264,25 +269,28 @@ class TextModel(Batched):
         for layer, past in zip(layers, pasts, strict=True):
             clean, own = layer.clean(clean, constant, past)
             seen.append(own)
-        beside = tokens if caches is None else tokens[:, -1:]
+        beside, clean = (tokens, clean) if caches is None else (tokens[:, -1:], clean[:, -1:])
 
         def logits(z: Tensor, sigma: Tensor) -> Tensor:
-            boundary = stem.noised(beside, *network_input(z, sigma, self.spec.sigma_data))
+            boundary = stem.noised(beside, *network_input(self.spec, rows, z, sigma))
             noisy, condition = boundary.carried["noisy"], boundary.context["condition"]
             for layer, own in zip(layers, seen, strict=True):
                 noisy = layer.noisy(noisy, condition, own)
-            return read_out(self.spec, self.modules.head, boundary.advance({"noisy": noisy}), z, sigma)
+            return read_out(
+                self.spec, self.modules.head, rows, boundary.advance({"clean": clean, "noisy": noisy}), z, sigma
+            )
 
         return logits
 
     def _one_stream_denoiser(self, tokens: Tensor, last: bool) -> Denoiser:
         """Where clean tokens have the condition of the noisy ones, they depend on sigma."""
+        rows = self.modules.rows
 
         def logits(z: Tensor, sigma: Tensor) -> Tensor:
-            boundary: Boundary = self.modules.stem(tokens, *network_input(z, sigma, self.spec.sigma_data))
+            boundary: Boundary = self.modules.stem(tokens, *network_input(self.spec, rows, z, sigma))
             for layer in self.modules.layers:
                 boundary = layer(boundary)
-            return read_out(self.spec, self.modules.head, boundary, z, sigma, last)
+            return read_out(self.spec, self.modules.head, rows, boundary, z, sigma, last)
 
         return logits
 
@@ -441,6 +449,12 @@ def _grown(held: KeyValue, into: KeyValue) -> KeyValue:
     if held.length:
         into.append(held.keys[:, :, : held.length], held.values[:, :, : held.length])
     return into
+
+
+def _start_cost(sigma_max: float, width: int) -> float:
+    """Nats between a row noised to sigma_max and where chains begin: KL(N(y, s^2) || N(0, 1 + s^2)), |y| = 1."""
+    ratio = 1 / (1 + sigma_max**2)
+    return 0.5 * (ratio * (1 - width) - width * math.log1p(-ratio))
 
 
 def _negative_log(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:

@@ -68,7 +68,7 @@ def create(
     ``dataset``: a stack that is no function in a file.
     """
     from edgetrain.models import build_family, build_network
-    from edgetrain.objectives.diffusion_blocks import codebook_rows
+    from edgetrain.models.codebook import codebook_rows
     from edgetrain.randomness import Purpose, Stream, normal_part
     from edgetrain.vocabulary import put_tokenizer
 

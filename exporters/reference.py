@@ -45,17 +45,24 @@ class Model:
         import torch
         import torch.nn.functional as F
 
-        from edgetrain.objectives.diffusion_blocks import enter, read_out
+        from edgetrain.models.codebook import enter, read_out
 
         spec = self._session.spec
         codebook, stem, *layers, head = stages_of_block(spec, block)
         with torch.inference_mode():
             images_, z_, sigma_ = ([torch.from_numpy(one) for one in batches] for batches in (images, z, sigma))
-            boundaries = self._map(stem, partial(enter, spec), zip(images_, z_, sigma_, strict=True))
+            rows = self._module(codebook)()
+
+            def entered(module: nn.Module, *batch: Tensor) -> Any:
+                return enter(spec, module, rows, *batch)
+
+            def read(module: nn.Module, *batch: Any) -> Tensor:
+                return read_out(spec, module, rows, *batch)
+
+            boundaries = self._map(stem, entered, zip(images_, z_, sigma_, strict=True))
             for layer in layers:
                 boundaries = self._map(layer, lambda module, boundary: module(boundary), zip(boundaries, strict=True))
-            logits = self._map(head, partial(read_out, spec), zip(boundaries, z_, sigma_, strict=True))
-            rows = self._module(codebook)()
+            logits = self._map(head, read, zip(boundaries, z_, sigma_, strict=True))
             return [(one.numpy(), (F.softmax(one, dim=1) @ rows).numpy()) for one in logits]
 
     def images(self, block: int, z: Sequence[Floats], sigma: Sequence[Floats], labels: Sequence[Any]) -> list[Outputs]:
@@ -128,7 +135,7 @@ class Model:
         return module
 
     def _build(self, stage: Stage) -> nn.Module:
-        from edgetrain.objectives.diffusion_blocks import Codebook
+        from edgetrain.models.codebook import Codebook
 
         model = self._session.spec.image_model
         return Codebook(model.num_classes, model.width) if stage.kind == "codebook" else self._network.build(stage.kind)
@@ -191,7 +198,7 @@ def _warm_up(spec: Spec) -> None:
     import torch
 
     from edgetrain.models import build_family, build_network, dit
-    from edgetrain.objectives.diffusion_blocks import enter, read_out
+    from edgetrain.models.codebook import enter, read_out
 
     small = replace(
         spec, model=replace(spec.image_model, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2)
@@ -207,7 +214,8 @@ def _warm_up(spec: Spec) -> None:
             boundary = dit.enter(small, family.build("stem"), images, sigma, torch.zeros(2, dtype=torch.int64))
             dit.denoised(small, family.build("head")(family.build("layer")(boundary)), images, sigma)
         else:
-            boundary = enter(small, family.build("stem"), images, z, sigma)
-            read_out(small, family.build("head"), family.build("layer")(boundary), z, sigma)
+            rows = torch.ones(2, 8)
+            boundary = enter(small, family.build("stem"), rows, images, z, sigma)
+            read_out(small, family.build("head"), rows, family.build("layer")(boundary), z, sigma)
     with contextlib.suppress(RuntimeError):  # on purpose: the code of the error path takes pages too
         torch.empty(1 << 56, dtype=torch.uint8)

@@ -64,7 +64,7 @@ class Predictor:
         *,
         num_steps: int | None = None,
         projection: Literal["soft", "hard"] = "soft",
-        draws: int = 1,
+        draws: int = 0,
     ) -> Prediction:
         """Classifies a chunk of images; all steps of a block are taken before the next block is loaded.
 
@@ -73,18 +73,16 @@ class Predictor:
             first_example: the number of the first image; the noise of each follows from its number and the draw's.
             num_steps: Euler steps, as many as blocks by default.
             projection: how logits become the state: as mean of the codebook rows, or as the likeliest one.
-            draws: how many draws of noise to average over.
+            draws: how many draws of noise to average over; 0: none, the chain begins at z = 0.
 
         Raises:
-            UsageError: no draws or steps, not the default chain from an export that is a single file, or any chain from
+            UsageError: no steps, not the default chain from an export that is a single file, or any chain from
                 one of a model trained as a whole.
             BadInput: the images have another shape, or a model of the export cannot be run.
         """
         manifest = self.manifest
         if images.ndim != 4 or images.shape[1:] != manifest.image_shape:
             raise BadInput(f"images of shape {images.shape}; the model takes {('n', *manifest.image_shape)}")
-        if draws < 1:
-            raise UsageError(f"{draws} draws of noise: at least one is needed")
         num_blocks = manifest.schedule.num_blocks
         steps = num_blocks if num_steps is None else num_steps
         if manifest.single_file and (steps, projection) != (num_blocks, "soft"):
@@ -94,14 +92,14 @@ class Predictor:
             )
         images = np.ascontiguousarray(images, np.float32)
         if manifest.whole:
-            if (num_steps, projection, draws) != (None, "soft", 1):
+            if (num_steps, projection, draws) != (None, "soft", 0):
                 raise UsageError(f"the model in {self._folder} was trained as a whole: it has no chain and no noise")
             found = _mean_softmax(self._run(MODEL if manifest.single_file else block_file(0), {"images": images}))
             return Prediction(found, found)
         noise = [
             normal(Stream(manifest.seed, Purpose.EVALUATION_NOISE, 0, draw), first_example, len(images), manifest.width)
             for draw in range(draws)
-        ]
+        ] or [np.zeros((len(images), manifest.width), np.float32)]
         if manifest.single_file:
             readouts = [self._run(MODEL, {"images": images, "noise": one}) for one in noise]
             last, first = ([logits[i] for logits in readouts] for i in range(2))

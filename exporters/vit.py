@@ -169,22 +169,32 @@ class _Block(Transformer):
     def run(self, images: str, z: str, sigma: str) -> tuple[str, str]:
         """images (n, C, H, W), z (n, width), sigma (m,) -> logits (n, classes), denoised (n, width)."""
         g = self.graph
+        method = self.spec.diffusion_blocks
+        is_discrete = method.preconditioning == "discrete"
         sigma, norm, root = self.noise(sigma)
+        rows = self._rows()
+        if is_discrete:
+            evidence = self._evidence(rows, z, sigma)
+            entering = g.op("Mul", self._mean_row(rows, evidence), g.floats(self.spec.image_model.width**0.5))
+        else:
+            entering = g.op("Div", z, root)  # c_in * z
         with g.scope(self.stem):
-            noisy = g.linear(g.op("Div", z, root), f"{self.stem}.noisy")  # c_in * z
+            noisy = g.linear(entering, f"{self.stem}.noisy")
             noisy = g.op("Unsqueeze", noisy, g.ints(1))  # (n, 1, width)
             condition = self._silu(self._embedded_noise(sigma))  # (m, width)
             clean = self._clean_tokens(images)  # (n, patches, width)
-        if self.spec.diffusion_blocks.streams == 1:
+        if method.streams == 1:
             output = self._one_stream(g.op("Concat", noisy, clean, axis=1), condition)
         else:
             output = self._two_streams(clean, noisy, condition)
         output = g.op("Gather", output, g.ints(0), axis=1)
         output = g.reshape(output, -1, self.spec.image_model.width)  # F, (n, width)
-        if self.spec.diffusion_blocks.skip:
+        if method.skip and not is_discrete:
             output = self._preconditioned(output, z, sigma, norm, root)
         logits = self._logits(output, condition)
-        return logits, self._denoised(logits)
+        if method.skip and is_discrete:
+            logits = g.op("Add", logits, evidence)
+        return logits, self._mean_row(rows, logits)
 
     def _one_stream(self, tokens: str, condition: str) -> str:
         for layer in self.layers:
@@ -203,13 +213,26 @@ class _Block(Transformer):
                 noisy, _ = self._layer(layer, noisy, 1, condition, seen)
         return noisy
 
-    def _denoised(self, logits: str) -> str:
-        """The mean of the unit codebook rows (classes, width) under the softmax of the logits."""
+    def _rows(self) -> str:
+        """The unit codebook rows, (classes, width)."""
         g = self.graph
         with g.scope(self.codebook):
             rows = g.weight(f"{self.codebook}.rows")
             length = g.op("Max", g.op("ReduceL2", rows, g.ints(1), keepdims=1), g.floats(_TINY))
-            return g.op("MatMul", g.op("Softmax", logits, axis=1), g.op("Div", rows, length))
+            return g.op("Div", rows, length)
+
+    def _evidence(self, rows: str, z: str, sigma: str) -> str:
+        """log p(z | row) up to a constant, (n, classes)."""
+        g = self.graph
+        with g.scope(self.codebook):
+            like = g.op("MatMul", z, g.op("Transpose", rows, perm=[1, 0]))
+            return g.op("Div", like, g.op("Mul", sigma, sigma))
+
+    def _mean_row(self, rows: str, logits: str) -> str:
+        """The mean of the rows under the softmax of the logits, (n, width)."""
+        g = self.graph
+        with g.scope(self.codebook):
+            return g.op("MatMul", g.op("Softmax", logits, axis=1), rows)
 
 
 class _Classifier(Transformer):

@@ -256,7 +256,15 @@ def test_evaluate_has_a_row_for_each_readout(place, complete):
     rows = {row["readout"]: row for row in value["results"]}
     assert value["results"][0]["readout"] == "chain"
     assert value["peak_bytes"] <= complete["peak_bytes"], "it holds no gradients"
-    assert {"chain", "chain-hard", "chain-mean2", "chain-hard-mean2", "sigma_max", "sigma_max-mean2"} == set(rows)
+    assert {
+        "chain",
+        "chain-mode",
+        "chain-hard",
+        "chain-mean2",
+        "chain-hard-mean2",
+        "sigma_max",
+        "sigma_max-mean2",
+    } == set(rows)
     for row in rows.values():
         assert set(row) == {"metric", "value", "readout", "split", "num_examples"}
         assert (row["metric"], row["split"]) == ("accuracy", "test")
@@ -552,7 +560,9 @@ def test_fashion_mnist_from_its_files_to_onnx(place, tmp_path):
     here = {row["readout"]: row["value"] for row in place.json("evaluate", path, "--draws", 1)["results"]}
     assert here["chain"] > 50
     place.json("export", path, "--to", model)
-    there = {row["readout"]: row for row in place.json("predict", model, "--data", FASHION_MNIST)["results"]}
+    there = {
+        row["readout"]: row for row in place.json("predict", model, "--data", FASHION_MNIST, "--draws", 1)["results"]
+    }
     assert there["chain"]["num_examples"] == 10_000
     assert there["chain"]["value"] == pytest.approx(here["chain"], abs=0.1)
 

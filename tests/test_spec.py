@@ -91,7 +91,9 @@ def test_streams_must_be_a_whole_number(streams):
         {"data.shift": -1}, {"diffusion_blocks.num_blocks": 0}, {"diffusion_blocks.num_blocks": 7},
         {"diffusion_blocks.sigma_min": 30.0}, {"diffusion_blocks.p_std": 0.0}, {"diffusion_blocks.overlap": -1.0},
         {"diffusion_blocks.auxiliary": -1.0}, {"diffusion_blocks.auxiliary": 1.0, "diffusion_blocks.streams": 1},
-        {"diffusion_blocks.sigma_data": -0.5},
+        {"diffusion_blocks.sigma_data": -0.5}, {"diffusion_blocks.preconditioning": "none"},
+        {"model.family": "dit", "diffusion_blocks.preconditioning": "discrete"}, {"diffusion_blocks.joined": True},
+        {"model.family": "ar", "diffusion_blocks.streams": 1},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(changes):
@@ -126,11 +128,22 @@ def test_the_presets_are_those_of_the_method():
     ours = spec.diffusion_blocks
     assert ours.preset == "calibrated"
     assert (ours.sigma_min, ours.sigma_max, ours.p_mean, ours.p_std, ours.overlap) == (0.05, 20, 0, 1.2, 0.05)
-    assert (ours.streams, ours.skip, ours.gate) == (2, False, 0.5)
+    assert (ours.streams, ours.skip, ours.gate, ours.preconditioning) == (2, False, 0.5, "discrete")
     assert (ours.stem, ours.head, ours.codebook) == ("private", "private", "frozen")
     assert not ours.has_shared
     assert spec.sigma_data == pytest.approx(spec.model.width**-0.5)
     assert resolve({"diffusion_blocks": {"preset": "paper"}}).sigma_data == 0.5
+
+
+def test_a_spec_of_an_older_edgetrain_stays_what_it_was():
+    """A key that it has not is one that there was not: the preset of today may say otherwise."""
+    written = tomllib.loads(to_toml(resolve({"model": {"family": "ar"}})))
+    assert resolve(written, is_complete=True) == resolve(written)
+    for key in ("preconditioning", "joined"):
+        del written["diffusion_blocks"][key]
+    old = resolve(written, is_complete=True).diffusion_blocks
+    assert (old.preset, old.preconditioning, old.joined) == ("calibrated", "edm", False)
+    assert resolve(written).diffusion_blocks.preconditioning == "discrete"
 
 
 def test_single_keys_override_a_preset():

@@ -16,10 +16,11 @@ from edgetrain.blockwise import build_modules
 from edgetrain.data import Dataset, to_float
 from edgetrain.models import build_family
 from edgetrain.models.base import Boundary
+from edgetrain.models.codebook import codebook_rows, enter, read_out
 from edgetrain.models.vit import ViTLayer
 from edgetrain.noise import preconditioning, time_frequencies
 from edgetrain.objectives.base import Block, Objective
-from edgetrain.objectives.diffusion_blocks import codebook_rows, diffusion_blocks, enter, read_out
+from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.recipe import resolve
 from edgetrain.spec import Spec
@@ -77,10 +78,10 @@ def random_inputs(spec: Spec, count: int = 5, seed: int = 0) -> tuple[Tensor, Te
 
 
 def run(spec: Spec, block: Block, images: Tensor, z: Tensor, sigma: Tensor) -> tuple[Tensor, Boundary]:
-    boundary = enter(spec, block.stem, images, z, sigma)
+    boundary = enter(spec, block.stem, block.rows, images, z, sigma)
     for layer in block.layers:
         boundary = Keep().run(layer, boundary)
-    return read_out(spec, block.head, boundary, z, sigma), boundary
+    return read_out(spec, block.head, block.rows, boundary, z, sigma), boundary
 
 
 # ------------------------------------------------------------------------------------------- plain PyTorch
@@ -157,10 +158,11 @@ def test_a_one_stream_layer_attends_to_everything():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_stem_in_plain_pytorch(channels):
-    spec = small(model__image_shape=[channels, 8, 12], model__patch=4)
-    stem: Any = random_block(spec).stem
+    spec = small(model__image_shape=[channels, 8, 12], model__patch=4, diffusion_blocks__preconditioning="edm")
+    block = random_block(spec)
+    stem: Any = block.stem
     images, z, sigma = random_inputs(spec)
-    boundary = enter(spec, stem, images, z, sigma)
+    boundary = enter(spec, stem, block.rows, images, z, sigma)
     weight = stem.patches.weight.reshape(16, channels, 4, 4)
     patches = torch.nn.functional.conv2d(images, weight, stem.patches.bias, stride=4)
     tokens = patches.flatten(2).transpose(1, 2) + stem.positions

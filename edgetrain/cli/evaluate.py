@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgetrain.session import Session
 
 _NOISE_LEVELS = 6
+_DRAWS = 8
+_STEPS_OF_A_BOUND = 64  # with as few as there are blocks a variational bound says nothing
 
 
 @click.command("evaluate")
@@ -34,8 +36,8 @@ _NOISE_LEVELS = 6
     type=click.Choice(["train", "test"]),
     help="[test: what was held out; of other text, named by --data, all]",
 )
-@click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one for each block]")
-@click.option("--draws", type=click.IntRange(1), default=8, show_default=True, help="Noise draws to average.")
+@click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one a block; of next tokens 64]")
+@click.option("--draws", type=click.IntRange(1), help="Noise draws to average.  [8; of next tokens 1]")
 @click.option("--limit", type=click.IntRange(1), help="Take at most so many examples (language models).")
 @options.DEVICE
 @options.THREADS
@@ -46,7 +48,7 @@ def command(
     budget: int | None,
     split: str | None,
     euler_steps: int | None,
-    draws: int,
+    draws: int | None,
     limit: int | None,
     device: str,
     threads: int,
@@ -57,7 +59,7 @@ def command(
     Of a classifier, accuracy: by the chain of Euler steps, and by block 0 alone at sigma_max. Of a generator of images,
     the mean square error of a denoised pixel at some noise levels. Of a language model, the mean loss of a token and
     the perplexity on the text held out (--split test), or on what it was trained on. Of one trained from the beginning,
-    bits a token: at sigma_max, and bounds by the chain; by masked diffusion's bound; and of a recurrent one for
+    bits a token: at sigma_max, and a bound of the chain; by masked diffusion's bound; and of a recurrent one for
     several numbers of runs of its core.
 
     \b
@@ -93,7 +95,7 @@ def command(
     from devices import meter
     from edgetrain.units import format_bytes
 
-    sampler, compute = _measurement(found, dataset, devices.open_device(device), euler_steps, draws)
+    sampler, compute = _measurement(found, dataset, devices.open_device(device), euler_steps, draws or _DRAWS)
     with sampler.within(budget, "evaluating examples"):
         results = [{**row, "split": split, "num_examples": dataset.num_examples} for row in compute()]
     peak = meter.usage().peak_bytes
@@ -214,7 +216,7 @@ def _text_model(
     data: str | None,
     budget: int,
     split: str | None,
-    how: tuple[int | None, int, int | None],
+    how: tuple[int | None, int | None, int | None],
     device: str,
     threads: int,
     as_json: bool,
@@ -234,11 +236,11 @@ def _text_model(
     loops = _loops(spec.text_model.loops) if spec.model.family == "recurrent" and not euler_steps else [None]
     results: list[dict[str, Any]] = []
     for number in loops:
-        steps = euler_steps or number or spec.num_blocks
+        steps = euler_steps or number or _STEPS_OF_A_BOUND
         model = TextModel(session, opened, micro_batch, (number or euler_steps) if spec.is_exact else None)
         model.warm_up()
         with model.within(budget, "evaluating examples"):
-            costs = model.costs(dataset, steps, draws, limit)
+            costs = model.costs(dataset, steps, draws or (_DRAWS if spec.model.family == "masked" else 1), limit)
         results += [
             {"metric": "bits_per_token", "readout": cost.readout, "value": cost.bits, "error": _finite(cost.bits_error),
              "nats": cost.nats, "is_bound": cost.is_bound, "split": part}

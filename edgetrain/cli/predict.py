@@ -21,7 +21,13 @@ _CHUNK_EXAMPLES = 256
 @click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
 @click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one for each block]")
 @click.option("--projection", type=click.Choice(["soft", "hard"]), default="soft", show_default=True)
-@click.option("--draws", type=click.IntRange(1), default=1, show_default=True, help="Noise draws to average.")
+@click.option(
+    "--draws",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Noise draws to average; 0: no noise, the same each time.",
+)
 @options.THREADS
 @options.JSON
 def command(
@@ -71,14 +77,15 @@ def command(
     else:
         with tempfile.TemporaryDirectory() as scratch:
             dataset = open_dataset(data or "", split, Path(scratch))
-            correct = {"chain": 0, "sigma_max": 0}
+            chain = "chain" if draws else "chain-mode"
+            correct = {chain: 0, "sigma_max": 0}
             for start in range(0, dataset.num_examples, _CHUNK_EXAMPLES):
                 x, labels = dataset.read(np.arange(start, min(start + _CHUNK_EXAMPLES, dataset.num_examples)))
                 one = predictor.predict(to_float(x), start, **settings)
-                correct["chain"] += int((one.probabilities.argmax(1) == labels).sum())
+                correct[chain] += int((one.probabilities.argmax(1) == labels).sum())
                 correct["sigma_max"] += int((one.sigma_max_probabilities.argmax(1) == labels).sum())
         if predictor.manifest.whole:
-            correct = {"top-1": correct["chain"]}
+            correct = {"top-1": correct[chain]}
         rows = [
             {"metric": "accuracy", "value": 100.0 * count / dataset.num_examples, "readout": readout, "split": split,
              "num_examples": dataset.num_examples}

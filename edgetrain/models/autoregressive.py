@@ -95,17 +95,19 @@ class Stem(TextStem):
 
 
 class Head(TextHead):
-    """Reads the noisy tokens. ``auxiliary`` logits come from the clean ones."""
+    """Reads the noisy tokens; ``joined``, each added to the clean token beside it, which comes before its target: then
+    at sigma_max a block is no less than a transformer of its layers. ``auxiliary`` logits come from the clean ones."""
 
-    def __init__(self, model: TextModelSpec, auxiliary: bool) -> None:
+    def __init__(self, model: TextModelSpec, auxiliary: bool, joined: bool) -> None:
         super().__init__(model)
+        self.joined = joined
         if auxiliary:
             self.auxiliary = nn.Linear(model.width, model.vocab_size)
 
-    @staticmethod
-    def network_output(boundary: Boundary) -> Tensor:
-        """F(c_in * z; x, c_noise), (n, tokens, width)."""
-        return boundary.carried["noisy"]
+    def network_output(self, boundary: Boundary) -> Tensor:
+        """F, (n, tokens, width)."""
+        carried = boundary.carried
+        return carried["noisy"] + carried["clean"] if self.joined else carried["noisy"]
 
     def auxiliary_loss(self, boundary: Boundary, draw: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy of the targets by what the clean tokens say of them."""
@@ -121,7 +123,7 @@ class Autoregressive(TextFamily):
         model, method = self.spec.text_model, self.spec.diffusion_blocks
         if kind == "stem":
             return Stem(model, method.streams)
-        return Head(model, method.auxiliary > 0) if kind == "head" else Layer(model)
+        return Head(model, method.auxiliary > 0, method.joined) if kind == "head" else Layer(model)
 
 
 class CleanStem(TextStem):

@@ -12,47 +12,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgetrain import noise
 from edgetrain.activations import Activations
 from edgetrain.data.batches import TextBatches
 from edgetrain.models import dit
-from edgetrain.models.base import Boundary, network_input
+from edgetrain.models.base import Boundary
+from edgetrain.models.codebook import enter, read_out
 from edgetrain.models.masked import MaskedBatches, unmasking_loss
 from edgetrain.models.text import cross_entropy
 from edgetrain.models.vit import Batches
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import Spec
-
-
-class Codebook(nn.Module):
-    """One row for each class; its readers see it normalised to length 1, which keeps a trained one from collapsing."""
-
-    def __init__(self, num_classes: int, width: int) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(torch.empty(num_classes, width))
-
-    def forward(self) -> Tensor:
-        """(classes, width), unit rows."""
-        return F.normalize(self.rows, dim=1)
-
-
-def codebook_rows(normals: NDArray[np.float32], orthogonal: bool = True) -> NDArray[np.float32]:
-    """Unit rows from unit normals (classes, width): with ``orthogonal``, orthonormal where the width has room."""
-    num_classes, width = normals.shape
-    rows = normals.astype(np.float64)
-    for i in range(num_classes):
-        if orthogonal and i < width:  # Gram-Schmidt, twice for accuracy; plain loops give equal bits on every machine
-            for _ in range(2):
-                for j in range(i):
-                    rows[i] -= (rows[i] * rows[j]).sum() * rows[j]
-        rows[i] /= np.sqrt((rows[i] ** 2).sum())
-    return rows.astype(np.float32)
 
 
 def diffusion_blocks(spec: Spec, batches: Any) -> Objective:
@@ -90,12 +64,12 @@ class DenoisedLabels(Objective):
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         method, labels = self.spec.diffusion_blocks, draw["labels"]
-        y = block.rows[labels]  # (n, width)
-        z = y + draw["sigma"][:, None] * draw["eps"]
-        boundary = enter(self.spec, block.stem, draw["images"], z, draw["sigma"])
+        rows = block.rows
+        z = rows[labels] + draw["sigma"][:, None] * draw["eps"]  # (n, width)
+        boundary = enter(self.spec, block.stem, rows, draw["images"], z, draw["sigma"])
         for layer in block.layers:
             boundary = activations.run(layer, boundary)
-        logits = read_out(self.spec, block.head, boundary, z, draw["sigma"])
+        logits = read_out(self.spec, block.head, rows, boundary, z, draw["sigma"])
         total = F.cross_entropy(logits, labels, reduction="sum")
         if method.auxiliary:
             auxiliary = block.head.auxiliary_logits(boundary)  # type: ignore[operator]
@@ -149,11 +123,12 @@ class DenoisedTokens(Objective):
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         method, sigma = self.spec.diffusion_blocks, draw["sigma"]
-        z = F.embedding(draw["targets"], block.rows) + sigma[:, None, None] * draw["eps"]
-        boundary = enter(self.spec, block.stem, draw["tokens"], z, sigma)
+        rows = block.rows
+        z = F.embedding(draw["targets"], rows) + sigma[:, None, None] * draw["eps"]
+        boundary = enter(self.spec, block.stem, rows, draw["tokens"], z, sigma)
         for layer in block.layers:
             boundary = activations.run(layer, boundary)
-        logits = read_out(self.spec, block.head, boundary, z, sigma)
+        logits = read_out(self.spec, block.head, rows, boundary, z, sigma)
         total = cross_entropy(logits, draw["targets"], draw["weights"])
         if method.auxiliary:
             total = total + method.auxiliary * block.head.auxiliary_loss(boundary, draw)  # type: ignore[operator]
@@ -179,24 +154,3 @@ class UnmaskedTokens(Objective):
         for layer in block.layers:
             boundary = activations.run(layer, boundary)
         return unmasking_loss(block.head, boundary, draw)
-
-
-def enter(spec: Spec, stem: nn.Module, given: Tensor, z: Tensor, sigma: Tensor) -> Boundary:
-    """The first boundary of a block: images (n, C, H, W) or tokens (n, length), z (n, ..., width), sigma (n,)."""
-    boundary: Boundary = stem(given, *network_input(z, sigma, spec.sigma_data))
-    return boundary
-
-
-def read_out(  # noqa: PLR0917
-    spec: Spec, head: nn.Module, boundary: Boundary, z: Tensor, sigma: Tensor, last: bool = False
-) -> Tensor:
-    """Logits (n, ..., classes) of the last boundary: from D = c_skip z + c_out F with ``skip``, else from F. ``last``:
-    of the last token alone."""
-    output = head.network_output(boundary)  # type: ignore[operator]
-    if last:
-        output, z = output[:, -1:], z[:, -1:]
-    if spec.diffusion_blocks.skip:
-        c_skip, c_out, _ = (c.view(-1, *[1] * (z.ndim - 1)) for c in noise.preconditioning(sigma, spec.sigma_data))
-        output = c_skip * z + c_out * output
-    logits: Tensor = head(output, boundary.context["condition"])
-    return logits

@@ -32,6 +32,8 @@ SMALL = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "calibrated": {},
     "auxiliary": {"diffusion_blocks.auxiliary": 0.5},
+    "log-likelihoods added": {"diffusion_blocks.skip": True},
+    "scaled by c_in": {"diffusion_blocks.preconditioning": "edm"},
     "paper": {"diffusion_blocks.preset": "paper"},
     "paper two streams": {"diffusion_blocks.preset": "paper", "diffusion_blocks.streams": 2},
     "uneven, one stream, colour": {

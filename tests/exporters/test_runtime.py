@@ -38,7 +38,8 @@ def folder(session: Session) -> Path:
 
 @pytest.mark.parametrize("variant", ["calibrated", "paper"])
 @pytest.mark.parametrize(
-    ("num_steps", "projection", "draws"), [(2, "soft", 1), (2, "hard", 3), (1, "soft", 1), (5, "soft", 2)]
+    ("num_steps", "projection", "draws"),
+    [(2, "soft", 1), (2, "hard", 3), (1, "soft", 1), (5, "soft", 2), (3, "soft", 0)],
 )
 def test_predicts_what_evaluation_does(
     tmp_path: Path, variant: str, num_steps: int, projection: Any, draws: int
@@ -100,8 +101,6 @@ def test_a_single_file_runs_its_chain_only(session: Session, tmp_path: Path) -> 
 def test_bad_arguments(folder: Path) -> None:
     with pytest.raises(BadInput, match="images of shape"):
         Predictor(folder).predict(IMAGES[:, :, :4], 0)
-    with pytest.raises(UsageError, match="at least one"):
-        Predictor(folder).predict(IMAGES, 0, draws=0)
     with pytest.raises(UsageError, match="at least one"):
         Predictor(folder).predict(IMAGES, 0, num_steps=0)
 
