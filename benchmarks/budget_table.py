@@ -9,8 +9,9 @@ names, at most 5 % above the peak it has then; at most 15 % of the cells from 40
 
 The cells are a seeded draw (``draw_cells``), the same each time, none picked or left out; every second one has its
 micro-batch forced. Every sixth is tried again with a budget that is too small for anything, so that what refusals name
-is tried too. Images are 32x32x1, in patches of 8 where width times batch is more than 16384, else of 4, so that
-the largest cells take minutes and not hours.
+is tried too. Images are 32x32x1, in patches of 8 where width times batch is more than 16384, else of 4, and texts have
+16 or 64 tokens by the same rule, so that the largest cells take minutes and not hours. ``--family`` says which
+architecture; each has a draw of its own.
 """
 
 from __future__ import annotations
@@ -32,12 +33,17 @@ from common import (
     settings,
     temporary_folder,
     write_idx,
+    write_text,
 )
 
 _SEED = 7
 _NUM_CELLS = 48
 _STEPS = 3
 _TOO_SMALL_MIB = 200
+_RECIPES = {
+    "vit": "vit-fashion-mnist", "dit": "dit-fashion-mnist", "masked": "masked-text", "ar": "ar-text",
+    "recurrent": "recurrent-text",
+}  # fmt: skip
 _QUICK_CELLS = 3  # the quickest, and as many of those with small budgets
 
 
@@ -45,6 +51,7 @@ _QUICK_CELLS = 3  # the quickest, and as many of those with small budgets
 class Cell:
     """``micro_batch`` 0: left to the plan. All blocks have ``layers`` layers."""
 
+    family: str
     budget_mib: int
     batch_size: int
     micro_batch: int
@@ -57,40 +64,49 @@ class Cell:
         return 8 if self.width * self.batch_size > 16384 else 4
 
     @property
+    def tokens(self) -> int:
+        """Of an example: of a text, as many as an image has patches."""
+        return (32 // self.patch) ** 2
+
+    @property
     def cost(self) -> int:
-        return self.batch_size * self.layers * self.width**2 * (32 // self.patch) ** 2
+        return self.batch_size * self.layers * self.width**2 * self.tokens
 
     def arguments(self, data: Path, budget_bytes: int) -> list[str]:
         """Of both ``plan`` and ``train``."""
         changes: dict[str, object] = {
             "model.width": self.width,
             "model.depth": self.depth,
-            "model.patch": self.patch,
             "diffusion_blocks.num_blocks": self.depth // self.layers,
             "train.batch_size": self.batch_size,
             "train.micro_batch": self.micro_batch,
             "train.visit_steps": _STEPS,
             "train.steps": _STEPS,
         }
+        if self.family in ("vit", "dit"):
+            changes["model.patch"] = self.patch
+        else:
+            changes["data.length"] = self.tokens
         budget = ["--memory-budget", str(budget_bytes), "--data", str(data)]
-        return ["--recipe", "vit-fashion-mnist", *budget, *settings(changes)]
+        return ["--recipe", _RECIPES[self.family], *budget, *settings(changes)]
 
 
-def draw_cells() -> list[Cell]:
+def draw_cells(family: str, count: int) -> list[Cell]:
     """Budgets, widths and sizes of blocks evenly; batches and micro-batches by powers of two."""
-    draw = random.Random(_SEED)
+    draw = random.Random(_SEED if family == "vit" else f"{_SEED} {family}")
     cells = []
-    for number in range(_NUM_CELLS):
+    for number in range(count):
         batch_size = 2 ** draw.randint(3, 9)
         layers = draw.randint(1, 4)
         forced = 2 ** draw.randint(0, min(6, batch_size.bit_length() - 1))
         cells.append(
             Cell(
+                family,
                 budget_mib=draw.randrange(300, 1001, 20),
                 batch_size=batch_size,
                 micro_batch=forced if number % 2 else 0,
                 width=draw.choice([64, 128, 192, 256, 320, 384, 448, 512]),
-                depth=layers * draw.randint(-(-4 // layers), 48 // layers),
+                depth=layers if family == "recurrent" else layers * draw.randint(-(-4 // layers), 48 // layers),
                 layers=layers,
             )
         )
@@ -108,8 +124,10 @@ def train(folder: Path, data: Path, cell: Cell, budget_bytes: int, threads: int)
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--family", choices=list(_RECIPES), default="vit")
+    made.add_argument("--cells", type=int, default=_NUM_CELLS)
     options = made.parse_args()
-    cells = draw_cells()
+    cells = draw_cells(options.family, options.cells)
     if options.quick:
         cheap = sorted(cells, key=lambda cell: cell.cost)[: len(cells) // 2]
         cells = cheap[:_QUICK_CELLS] + sorted(cheap[_QUICK_CELLS:], key=lambda cell: cell.budget_mib)[:_QUICK_CELLS]
@@ -118,7 +136,7 @@ def main() -> None:
     above, failed, probes_above, large, large_refused = 0, 0, 0, 0, 0
     errors, named_ratios = [], []
     with temporary_folder() as folder:
-        data = write_idx(folder / "data", 32)
+        data = write_idx(folder / "data", 32) if options.family in ("vit", "dit") else write_text(folder / "data.txt")
         for number, cell in enumerate(cells):
             budget = cell.budget_mib * MIB
             shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -162,7 +180,7 @@ def main() -> None:
             if done.exit_code or plan.exit_code:
                 progress(f"{done.value or done.stderr[-500:]} {plan.stderr[-500:]}")
     report(
-        options.out, f"Budget: {len(cells)} cells",
+        options.out, f"Budget, {options.family}: {len(cells)} cells",
         ["budget MiB", "batch", "micro", "width", "depth", "blocks", "choice", "probing MiB", "plan MiB",
          "measured MiB", "plan/measured", "retries", "ok"],
         rows,

@@ -106,6 +106,14 @@ def write_idx(folder: Path, size: int, num_images: int = 1024, num_classes: int 
     return folder
 
 
+def write_text(path: Path, num_words: int = 100_000) -> Path:
+    """Words of random letters."""
+    noise = random.Random(0)
+    words = ("".join(noise.choices("etaoinshrdlu", k=noise.randint(1, 9))) for _ in range(num_words))
+    path.write_text("\n".join(" ".join(line) for line in zip(*[words] * 10, strict=False)) + "\n")
+    return path
+
+
 def settings(changes: dict[str, object]) -> list[str]:
     """{"train.steps": 3} -> ["--set", "train.steps=3"]."""
     return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]

@@ -139,6 +139,8 @@ class Study:
             ]  # fmt: skip
 
     def _best(self, scores: Scores) -> float:
+        if self.best in scores:
+            return scores[self.best]
         values = [value for name, value in scores.items() if name.startswith(self.best)]
         return max(values) if self.maximise else min(values)
 

@@ -633,7 +633,7 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
     text.write_text(TEXT)
     sizes = {
         "model.width": 32, "model.depth": 4, "model.loops": 2, "data.length": 32, "train.batch_size": 4,
-        "train.steps": 4, "train.visit_steps": 2, "train.objective": objective,
+        "train.steps": 4, "train.visit_steps": 2, "train.objective": objective, "train.micro_batch": 0,
     }  # fmt: skip
     changes = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
     threads = ("--threads", 1)

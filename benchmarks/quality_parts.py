@@ -1,0 +1,110 @@
+"""What each part of the calibrated preset is worth: block 0 alone, each time with one part changed.
+
+Blocks that share nothing are trained one by one, and at sigma_max block 0 answers alone: so it is trained alone here,
+in a model of which the other blocks stay as they began. Of a language model bits a character of the King James Bible
+(beside them the transformer of as many layers trained as a whole); of a classifier top-1 on Fashion-MNIST. On the
+validation split, the same steps and seeds for all.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from common import edgetrain, progress, report, settings
+from language import king_james
+from quality import quality_parser, split_text, split_train_set, spread
+
+_USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
+_ONE_STREAM = {"diffusion_blocks.streams": 1, "diffusion_blocks.joined": "false"}
+_PAPERS_LEVELS = {
+    "diffusion_blocks.sigma_min": 0.002, "diffusion_blocks.sigma_max": 80.0, "diffusion_blocks.p_mean": -1.2,
+}  # fmt: skip
+Changes = Mapping[str, object]
+
+_TEXT = {"model.width": 64, "train.batch_size": 16, "train.visit_steps": 200, "optimizer.lr": 3e-3}
+TEXT: dict[str, Changes] = {
+    "2 layers as a whole": {
+        "train.objective": "exact", "model.depth": 2, "diffusion_blocks.num_blocks": 1,
+    },
+    "calibrated": {},
+    "z scaled by c_in, as the paper does": {"diffusion_blocks.preconditioning": "edm", "diffusion_blocks.skip": "false"},
+    "the same, and D = c_skip z + c_out F": {"diffusion_blocks.preconditioning": "edm"},
+    "no log-likelihoods added": {"diffusion_blocks.skip": "false"},
+    "noisy tokens read alone": {"diffusion_blocks.joined": "false"},
+    "no previous token": {"model.previous": "false"},
+    "neither": {"diffusion_blocks.joined": "false", "model.previous": "false"},
+    "auxiliary cross-entropy": {"diffusion_blocks.auxiliary": 1.0},
+    "one stream": _ONE_STREAM,
+    "the paper's noise levels": _PAPERS_LEVELS,
+    "sigma from .1 to 10, P_mean -.5, P_std .8": {
+        "diffusion_blocks.sigma_max": 10.0, "diffusion_blocks.p_mean": -0.5, "diffusion_blocks.p_std": 0.8,
+    },
+    "gates start at 0": {"diffusion_blocks.gate": 0.0},
+}  # fmt: skip
+_IMAGES = {"train.visit_steps": 500, "optimizer.lr": 2e-3}
+IMAGES: dict[str, Changes] = {
+    "2 layers as a whole": {"train.objective": "exact", "model.depth": 2, "diffusion_blocks.num_blocks": 1},
+    "calibrated": {},
+    "z scaled by c_in, as the paper does": {"diffusion_blocks.preconditioning": "edm"},
+    "the same, and D = c_skip z + c_out F": {
+        "diffusion_blocks.preconditioning": "edm",
+        "diffusion_blocks.skip": "true",
+    },
+    "log-likelihoods added": {"diffusion_blocks.skip": "true"},
+    "auxiliary cross-entropy": {"diffusion_blocks.auxiliary": 1.0},
+    "one stream": {"diffusion_blocks.streams": 1},
+    "the paper's noise levels": _PAPERS_LEVELS,
+    "gates start at 0": {"diffusion_blocks.gate": 0.0},
+}  # fmt: skip
+
+
+def main() -> None:
+    made = quality_parser(__doc__)
+    made.add_argument("--data", type=Path, default=Path(os.environ.get("EDGETRAIN_FASHION_MNIST", _USUAL_FOLDER)))
+    made.add_argument("--only", choices=["text", "images"])
+    options = made.parse_args()
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    seeds = range(1 if options.quick else options.seeds)
+    tables = {
+        "text": ("ar-text", TEXT, _TEXT, "bits a character", split_text(king_james(), folder)[0], ["--limit", "256"]),
+        "images": (
+            "vit-fashion-mnist", IMAGES, _IMAGES, "top-1 in per cent",
+            split_train_set(options.data, folder, 10_000)[0], ["--draws", "1"],
+        ),
+    }  # fmt: skip
+    for name, (recipe, arms, base, metric, data, how) in tables.items():
+        if options.only not in (None, name):
+            continue
+        steps = 10 if options.quick else options.steps or 1000
+        values: dict[str, list[float]] = {}
+        for arm, changes in arms.items():
+            for seed in seeds:
+                session = folder / f"{name}-{arm}-{seed}-{steps}".replace(" ", "_").replace(",", "").replace("/", "")
+                given = {**base, **changes, "train.seed": seed, "train.steps": steps}
+                created = [] if (session / "session.json").exists() else [
+                    "--recipe", recipe, "--data", str(data), "--memory-budget", "1GiB", *settings(given),
+                ]  # fmt: skip
+                threads = ["--threads", str(options.threads)]
+                blocks = [] if arm == "2 layers as a whole" else ["--blocks", "0"]
+                edgetrain(folder, "train", str(session), *created, *blocks, *threads, timeout_s=1e6).require()
+                chain = [] if arm == "2 layers as a whole" else ["--euler-steps", "1"]
+                found = edgetrain(folder, "evaluate", str(session), *how, *chain, *threads).require()
+                rows = {row["readout"]: row["value"] for row in found.value["results"]}
+                value = next(rows[readout] for readout in ("sigma_max", "whole", "top-1") if readout in rows)
+                values.setdefault(arm, []).append(value)
+                progress(f"{name}, {arm}, seed {seed}: {value:.3f}")
+        reference = statistics.mean(values["calibrated"])
+        report(
+            options.out and options.out.with_name(f"{options.out.stem}-{name}.md"),
+            f"Block 0 of {recipe}, {steps} steps, {len(seeds)} seeds: {metric} at sigma_max",
+            ["what is changed", metric, "against calibrated"],
+            [[arm, spread(one, 3), f"{statistics.mean(one) - reference:+.3f}"] for arm, one in values.items()],
+        )
+
+
+if __name__ == "__main__":
+    main()
