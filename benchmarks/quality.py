@@ -81,8 +81,7 @@ class Study:
         trained = edgetrain(self.folder, "train", str(session), *arguments, *threads, timeout_s=1e6).require()
         seconds = trained.value["seconds"]
         scores = score(self.folder, session)
-        floor = json.loads((session / "plan.json").read_text())["owners"]["runtime"]
-        extra = {"above_floor_bytes": trained.value["peak_bytes"] - floor}
+        extra = {"peak_bytes": trained.value["peak_bytes"]}
         made = Result(arm.name, seed, steps, lr, split, scores, seconds, extra)
         with self._log.open("a") as log:
             log.write(json.dumps(made.__dict__) + "\n")
@@ -124,7 +123,7 @@ class Study:
 
     def rows(self, arms: Sequence[Arm], metrics: Sequence[str], digits: int = 2) -> Iterator[list[object]]:
         """Arm, learning rate, steps, curve of the first seed, then mean and deviation of each metric on the test set,
-        the most memory above what the runtime takes by itself, in MiB, and seconds of training."""
+        the most memory that training took, and seconds of training."""
         for arm in arms:
             tested = self.at(arm, "test")
             curve = [
@@ -135,7 +134,7 @@ class Study:
             yield [
                 arm.name, f"{self.rates[arm.name]:g}", tested[0].steps,
                 " ".join(f"{value:.{digits}f}" for value in curve), *values,
-                mib(max((one.extra.get("above_floor_bytes", 0) for one in tested), default=0)), f"{seconds:.0f}",
+                mib(max(one.extra["peak_bytes"] for one in self.at(arm, "validation"))), f"{seconds:.0f}",
             ]  # fmt: skip
 
     def _best(self, scores: Scores) -> float:

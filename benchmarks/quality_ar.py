@@ -66,7 +66,7 @@ def main() -> None:
     report(
         options.out, f"Next character, King James, {steps} steps a block, {len(seeds)} seeds: bits a character",
         ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "whole model", *_READOUTS, *_JUDGED,
-         "MiB above the runtime", "training s"],
+         "peak MiB", "training s"],
         list(study.rows(ARMS, ["whole", *_READOUTS, *_JUDGED], 3)), *notes,
         f"judged: bits a character by the first arm (seed 0) of {len(prompts)} texts of {TOKENS} characters; "
         "distinct-2: per cent of their pairs of words that are different ones; chain: written by 4 Euler steps; "

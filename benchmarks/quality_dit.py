@@ -123,7 +123,7 @@ def main() -> None:
     report(
         options.out, f"Generating Fashion-MNIST, {steps} steps a block, {len(seeds)} seeds",
         ["arm", "lr", "steps", "validation error at 1/4, 1/2, 1", "error", *levels, "Frechet",
-         "MiB above the runtime", "training s"],
+         "peak MiB", "training s"],
         list(study.rows(ARMS, ["error", *levels, "frechet"], 4)), *notes,
         "error: EDM's weighted square error of a pixel, the mean of six noise levels; Frechet distance on the features "
         f"of a small classifier, {num_images} images, 50 steps, guidance 2",

@@ -40,7 +40,7 @@ def main() -> None:
     ]
     report(
         options.out, f"Masked diffusion, King James, {steps} steps a block, {len(seeds)} seeds: bits a character",
-        ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "test, at most", "MiB above the runtime", "training s"],
+        ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "test, at most", "peak MiB", "training s"],
         list(study.rows(ARMS, ["elbo"], 3)), *notes,
     )  # fmt: skip
     if options.figure is not None:

@@ -30,7 +30,9 @@ TEXT: dict[str, Changes] = {
         "train.objective": "exact", "model.depth": 2, "diffusion_blocks.num_blocks": 1,
     },
     "calibrated": {},
-    "z scaled by c_in, as the paper does": {"diffusion_blocks.preconditioning": "edm", "diffusion_blocks.skip": "false"},
+    "z scaled by c_in, as the paper does": {
+        "diffusion_blocks.preconditioning": "edm", "diffusion_blocks.skip": "false",
+    },
     "the same, and D = c_skip z + c_out F": {"diffusion_blocks.preconditioning": "edm"},
     "no log-likelihoods added": {"diffusion_blocks.skip": "false"},
     "noisy tokens read alone": {"diffusion_blocks.joined": "false"},

@@ -61,7 +61,7 @@ def main() -> None:
     report(
         options.out, f"Fashion-MNIST, {steps} steps a block, batch 64, {len(seeds)} seeds: top-1 in per cent",
         ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "whole model", *_READOUTS,
-         "MiB above the runtime", "training s"],
+         "peak MiB", "training s"],
         list(study.rows(ARMS, ["top-1", *_READOUTS])), *notes,
     )  # fmt: skip
     if options.figure is not None:
