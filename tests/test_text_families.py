@@ -15,6 +15,7 @@ import devices
 from edgetrain import training
 from edgetrain.activations import Keep
 from edgetrain.blockwise import build_modules
+from edgetrain.cli.texts import until_end
 from edgetrain.data.batches import TextBatches
 from edgetrain.data.tokenizer import Tokenizer
 from edgetrain.errors import BadInput, UsageError
@@ -654,6 +655,25 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
     assert made["tokens"] == (10 if family == "masked" else 5) or made["finish"] == "stop"
     assert made["peak_bytes"] <= made["budget_bytes"]
     assert made["text"].startswith("In the" if family == "masked" else "")
+
+
+def test_a_text_that_is_filled_in_at_once_ends_where_it_says_so() -> None:
+    ends = frozenset({9})
+    assert until_end([9, 1, 2, 9, 4, 9], 1, ends) == ([9, 1, 2, 9], "stop")
+    assert until_end([9, 1, 2], 1, ends) == ([9, 1, 2], "length")
+    assert until_end([9, 1, 9], 2, ends) == ([9, 1, 9], "stop")
+
+
+def test_a_masked_model_goes_on_after_a_prompt_without_a_mask(tmp_path: Path) -> None:
+    text, session = tmp_path / "text.txt", tmp_path / "s"
+    text.write_text(TEXT)
+    sizes = ["model.width=32", "model.depth=3", "data.length=16", "train.batch_size=4", "train.visit_steps=1"]
+    changes = [word for change in sizes for word in ("--set", change)]
+    given = ("--recipe", "masked-text", "--data", text, "--memory-budget", "450MiB", "--steps", 1)
+    run("train", session, *given, "--threads", 1, *changes)
+    made = run("generate", session, "--prompt", "In the", "--max-tokens", 9, "--temperature", 1, "--threads", 1)
+    assert made["finish"] in ("length", "stop")
+    assert made["tokens"] == 9
 
 
 def test_what_a_command_refuses(tmp_path: Path) -> None:

@@ -66,17 +66,27 @@ def write(
         if is_masked:
             num_masked = int((tokens == vocab_size).sum())
             made = model.unmask(tokens, steps or num_masked, how).tolist()
-            finish, written, num_tokens = "filled", text.decode(made), num_masked
+            finish, num_tokens = "filled", num_masked
+            if not _MASK.search(prompt):
+                made, finish = until_end(made, len(tokens) - max_tokens, ends)
         else:
             made = list(_after(model, tokens, max_tokens, ends, how, steps))
             finish, num_tokens = "stop" if made[-1] in ends else "length", len(made)
-            written = text.decode(made)
+        written = text.decode(made)
         seconds = time.perf_counter() - began
     value: dict[str, Any] = {
         "text": written, "tokens": num_tokens, "finish": finish, "tokens_per_s": num_tokens / seconds,
         "peak_bytes": meter.usage().peak_bytes, "budget_bytes": budget,
     }  # fmt: skip
     options.emit(value, as_json, lambda: written)
+
+
+def until_end(tokens: list[int], first: int, ends: frozenset[int]) -> tuple[list[int], str]:
+    """A text that goes on from token ``first``, up to the first of ``ends`` from there on, and why it finished."""
+    for i in range(first, len(tokens)):
+        if tokens[i] in ends:
+            return tokens[: i + 1], "stop"
+    return tokens, "length"
 
 
 def _after(
