@@ -62,13 +62,14 @@ def environment(folder: Path) -> dict[str, str]:
     return os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_WAIT_POLICY": "passive"}
 
 
-def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600) -> Outcome:
-    """Runs ``edgetrain ARGUMENTS --json`` in ``folder`` and measures its process tree."""
+def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600, poll_s: float = 0.01) -> Outcome:
+    """Runs ``edgetrain ARGUMENTS --json`` in ``folder`` and measures its process tree, every ``poll_s``: a hundred
+    times a second takes an eighth of a core, and is for tables of memory."""
     began = time.monotonic()
     with (folder / "stdout").open("w+") as out, (folder / "stderr").open("w+") as err:
         command = [executable(), *arguments, "--json"]
         process = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=out, stderr=err)
-        with TreeMeter(process.pid, poll_s=0.01) as meter:
+        with TreeMeter(process.pid, poll_s=poll_s) as meter:
             try:
                 process.wait(timeout_s)
             finally:

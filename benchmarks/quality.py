@@ -78,7 +78,9 @@ class Study:
         ]  # fmt: skip
         arguments = [] if (session / "session.json").exists() else created
         threads = ["--threads", str(self.threads)]
-        trained = edgetrain(self.folder, "train", str(session), *arguments, *threads, timeout_s=1e6).require()
+        trained = edgetrain(
+            self.folder, "train", str(session), *arguments, *threads, timeout_s=1e6, poll_s=0.5
+        ).require()
         seconds = trained.value["seconds"]
         scores = score(self.folder, session)
         extra = {"peak_bytes": trained.value["peak_bytes"]}

@@ -92,7 +92,9 @@ def main() -> None:
                 ]  # fmt: skip
                 threads = ["--threads", str(options.threads)]
                 blocks = [] if arm == "2 layers as a whole" else ["--blocks", "0"]
-                edgetrain(folder, "train", str(session), *created, *blocks, *threads, timeout_s=1e6).require()
+                edgetrain(
+                    folder, "train", str(session), *created, *blocks, *threads, timeout_s=1e6, poll_s=0.5
+                ).require()
                 chain = [] if arm == "2 layers as a whole" else ["--euler-steps", "1"]
                 found = edgetrain(folder, "evaluate", str(session), *how, *chain, *threads).require()
                 rows = {row["readout"]: row["value"] for row in found.value["results"]}
