@@ -16,7 +16,7 @@ _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 # The readouts of `evaluate` that `predict` knows too, by its options.
 _READOUTS = {
     ("--draws", "1"): {"chain": "chain", "sigma_max": "sigma_max"},
-    (): {"chain-mode": "chain-mode"},
+    (): {"chain-mode": "chain-mode", "sigma_max-mode": "sigma_max-mode"},
     ("--draws", "8"): {"chain": "chain-mean8", "sigma_max": "sigma_max-mean8"},
     ("--projection", "hard", "--draws", "1"): {"chain": "chain-hard"},
 }

@@ -9,9 +9,11 @@ that was interrupted goes on from there; a training that was interrupted goes on
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +71,8 @@ class Study:
         """Trains ``part`` of the arm's steps and scores it, unless that is done already."""
         steps = max(1, round(self.steps * arm.times * part))
         for one in self.results:
-            if (one.arm, one.seed, one.steps, one.lr, one.split) == (arm.name, seed, steps, lr, split):
+            made = (one.arm, one.seed, one.steps, one.lr, one.split, one.extra.get("spec"))
+            if made == (arm.name, seed, steps, lr, split, self.identity(arm)):
                 return one
         session = self.session(arm, seed, part, lr)
         changes = {**arm.changes, "train.seed": seed, "train.steps": steps, "optimizer.lr": lr}
@@ -83,18 +86,26 @@ class Study:
         ).require()
         seconds = trained.value["seconds"]
         scores = score(self.folder, session)
-        extra = {"peak_bytes": trained.value["peak_bytes"]}
-        made = Result(arm.name, seed, steps, lr, split, scores, seconds, extra)
+        extra = {"peak_bytes": trained.value["peak_bytes"], "spec": self.identity(arm)}
+        scored = Result(arm.name, seed, steps, lr, split, scores, seconds, extra)
         with self._log.open("a") as log:
-            log.write(json.dumps(made.__dict__) + "\n")
-        self.results.append(made)
+            log.write(json.dumps(scored.__dict__) + "\n")
+        self.results.append(scored)
         progress(f"{arm.name}, seed {seed}, {steps} steps, lr {lr:g}, {seconds:.0f} s: {split} {scores}")
-        return made
+        return scored
 
     def session(self, arm: Arm, seed: int, part: float, lr: float) -> Path:
         """Where an arm is trained."""
         steps = max(1, round(self.steps * arm.times * part))
-        return self.folder / f"{arm.name}-{seed}-{steps}-{lr:g}".replace(" ", "_").replace("/", "")
+        name = f"{arm.name}-{seed}-{steps}-{lr:g}-{self.identity(arm)}"
+        return self.folder / name.replace(" ", "_").replace("/", "")
+
+    def identity(self, arm: Arm) -> str:
+        """Of all that its name does not say: a preset or a recipe may come to mean something else."""
+        from edgetrain.recipe import load_recipe, parse_changes, resolve, to_toml
+
+        changes = parse_changes(tuple(f"{key}={value}" for key, value in arm.changes.items()))
+        return hashlib.sha256(to_toml(resolve(load_recipe(self.recipe), changes)).encode()).hexdigest()[:8]
 
     def lr(self, arm: Arm, score: Score) -> float:
         """The best of the arm's learning rates, at a quarter of its steps, by validation."""
@@ -120,7 +131,8 @@ class Study:
         steps = max(1, round(self.steps * arm.times * part))
         return [
             one for one in self.results
-            if (one.arm, one.steps, one.lr, one.split) == (arm.name, steps, self.rates[arm.name], split)
+            if (one.arm, one.steps, one.lr, one.split, one.extra.get("spec"))
+            == (arm.name, steps, self.rates[arm.name], split, self.identity(arm))
         ]  # fmt: skip
 
     def rows(self, arms: Sequence[Arm], metrics: Sequence[str], digits: int = 2) -> Iterator[list[object]]:
@@ -213,7 +225,8 @@ def text_scores(test: Path | None, threads: int, *more: str) -> Score:
 def quality_parser(description: str | None) -> argparse.ArgumentParser:
     """What every comparison takes."""
     made = parser(description)
-    made.add_argument("--folder", type=Path, default=Path("quality-study"), help="sessions and scores; goes on there")
+    folder = Path(sys.argv[0]).stem.replace("_", "-")
+    made.add_argument("--folder", type=Path, default=Path(folder), help="sessions and scores; goes on there")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--steps", type=int, help="of each block")
     made.add_argument("--seeds", type=int, default=3)

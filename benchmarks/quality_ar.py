@@ -47,7 +47,7 @@ def main() -> None:
     def scored(folder: Path, session: Path, score: Score) -> Scores:
         """Also what the arm writes, by one step at sigma_max and, of blocks, by one step for each."""
         found = score(folder, session)
-        for name, steps in {"": 1, "chain ": 4}.items() if "chain" in found else {"": 1}.items():
+        for name, steps in {"": 1, "chain ": 16}.items() if "chain" in found else {"": 1}.items():
             found |= {name + metric: value for metric, value in judged(session, judge, prompts, steps).items()}
         return found
 
@@ -69,7 +69,7 @@ def main() -> None:
          "peak MiB", "training s"],
         list(study.rows(ARMS, ["whole", *_READOUTS, *_JUDGED], 3)), *notes,
         f"judged: bits a character by the first arm (seed 0) of {len(prompts)} texts of {TOKENS} characters; "
-        "distinct-2: per cent of their pairs of words that are different ones; chain: written by 4 Euler steps; "
+        "distinct-2: per cent of their pairs of words that are different ones; chain: written by 16 Euler steps; "
         "of the real text: "
         + ", ".join(f"{name} {value:.2f}" for name, value in judged(None, judge, prompts, 1).items()),
     )  # fmt: skip

@@ -18,7 +18,6 @@ from language import king_james
 from quality import quality_parser, split_text, split_train_set, spread
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
-_ONE_STREAM = {"diffusion_blocks.streams": 1, "diffusion_blocks.joined": "false"}
 _PAPERS_LEVELS = {
     "diffusion_blocks.sigma_min": 0.002, "diffusion_blocks.sigma_max": 80.0, "diffusion_blocks.p_mean": -1.2,
 }  # fmt: skip
@@ -39,7 +38,7 @@ TEXT: dict[str, Changes] = {
     "no previous token": {"model.previous": "false"},
     "neither": {"diffusion_blocks.joined": "false", "model.previous": "false"},
     "auxiliary cross-entropy": {"diffusion_blocks.auxiliary": 1.0},
-    "one stream": _ONE_STREAM,
+    "one stream": {"diffusion_blocks.streams": 1},
     "the paper's noise levels": _PAPERS_LEVELS,
     "sigma from .1 to 10, P_mean -.5, P_std .8": {
         "diffusion_blocks.sigma_max": 10.0, "diffusion_blocks.p_mean": -0.5, "diffusion_blocks.p_std": 0.8,

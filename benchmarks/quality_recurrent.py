@@ -62,8 +62,8 @@ def main() -> None:
         options.out, f"Recurrent depth, King James, {len(seeds)} seeds: bits a character by runs of the core",
         ["arm", "steps", "training s", "s a step", *map(str, _RUNS)], rows,
         f"a step through time takes {ratio:.1f} times as long as one of a single run (measured in this run)",
-        "of DiffusionBlocks, variational bounds of a chain of so many steps, which tighten with many; one run is "
-        "sigma_max, the likelihood itself",
+        "of DiffusionBlocks, variational bounds of a chain of so many steps, which tighten with many; that of "
+        "one run is the likelihood at sigma_max, but for some thousandths that the start costs",
     )  # fmt: skip
     if options.figure is not None:
         study.figure(arms, "Recurrent depth, King James, validation", "bits a character, best readout", options.figure)

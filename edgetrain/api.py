@@ -246,6 +246,7 @@ def _changed(session: Session, source: str, changes: dict[str, Any]) -> Spec:
     if not isinstance(session.spec.model, StackSpec):
         raise UsageError(f"{session.path} has a model of its own: {session.spec.model.family}", "Use edgetrain train.")
     spec = resolve(tomllib.loads(to_toml(session.spec)), changes | ({"data.source": source} if source else {}))
+    spec = session.with_its_micro_batch(spec)
     if difference(session.spec, spec):
         session.check_change(spec)
     return spec

@@ -63,7 +63,7 @@ def readouts(num_blocks: int, steps: int | None, draws: int) -> list[Readout]:
             Readout(f"chain-mean{draws}", n, "soft", draws),
             Readout(f"chain-hard-mean{draws}", n, "hard", draws),
         ]
-    rows.append(Readout("sigma_max", 0))
+    rows += [Readout("sigma_max", 0), Readout("sigma_max-mode", 0, draws=0)]
     if draws > 1:
         rows.append(Readout(f"sigma_max-mean{draws}", 0, "soft", draws))
     return rows

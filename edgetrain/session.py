@@ -196,6 +196,12 @@ class Session:
             raise SessionCorrupt(f"{path} is damaged: its class_names are no {len(numbers)} names")
         return tuple(names)
 
+    def with_its_micro_batch(self, spec: Spec) -> Spec:
+        """Where ``spec`` leaves the micro-batch to the plan, which has chosen, with that of the session."""
+        if spec.train.micro_batch:
+            return spec
+        return replace(spec, train=replace(spec.train, micro_batch=self.spec.train.micro_batch))
+
     def check_change(self, spec: Spec) -> None:
         """Whether the spec may be replaced: the difference must be one that a session survives.
 

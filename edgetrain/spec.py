@@ -217,7 +217,7 @@ class DiffusionBlocksSpec:
     """The method (Shing et al., arXiv 2506.14202): noise levels, conditioning, and what blocks share.
 
     ``streams = 2``: clean tokens never see a noisy one and take a learned constant as condition;
-    ``joined``: logits are read from the noisy token and the clean one beside it, added (ar, two streams only);
+    ``joined``: logits are read from the noisy token and the clean one beside it, added (ar);
     ``preconditioning``: how z enters, as any vector of deviation sigma_data or as a noisy row of the codebook
     ("discrete"); ``skip``: what z says enters the readout too (see ``models.codebook``);
     ``gate``: the value at which the gates of adaptive layer norm start;
@@ -406,8 +406,8 @@ class Spec:
                 'Set diffusion_blocks.preconditioning = "edm".',
             )
             require(
-                not method.joined or (self.model.family == "ar" and method.streams == 2),
-                "diffusion_blocks.joined adds the clean tokens of the family ar with streams = 2 to the noisy ones",
+                not method.joined or self.model.family == "ar",
+                "diffusion_blocks.joined adds the clean tokens of the family ar to the noisy ones",
                 "Set diffusion_blocks.joined = false.",
             )
             require(

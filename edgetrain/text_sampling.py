@@ -40,6 +40,7 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """z (n, tokens, width) and sigma (n,) -> logits (n, tokens, vocab_size)."""
 
 _WARM_UP_TOKENS = 4
+_BYTES_PER_TOKEN = 64  # of an example that passes blocks: tokens, targets, weights, and what each has cost so far
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,10 @@ class TextModel(Batched):
 
     # ---------------------------------------------------------------------------------------------------- what it costs
 
-    def chunk_examples(self, draws: int) -> int:
+    @property
+    def chunk_examples(self) -> int:
         """How many pass a block together, for ``CHUNK_BYTES``."""
-        return max(1, CHUNK_BYTES // (4 * draws * self.spec.text.length * self.model.width))
+        return max(1, CHUNK_BYTES // (_BYTES_PER_TOKEN * self.spec.text.length))
 
     def costs(self, dataset: TextDataset, num_steps: int, draws: int, limit: int | None = None) -> list[Cost]:
         """What the examples of a text cost, a token.
@@ -149,7 +151,7 @@ class TextModel(Batched):
         num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
         found: dict[str, list[NDArray[np.float64]]] = {}
         weight: list[NDArray[np.float64]] = []
-        chunk = self.chunk_examples(1 if self.model.family == "masked" else draws)
+        chunk = self.chunk_examples
         for start in range(0, num_examples, chunk):
             indices = np.arange(start, min(start + chunk, num_examples))
             tokens, targets, weights = dataset.read(indices)

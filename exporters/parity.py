@@ -37,7 +37,7 @@ LANGUAGE_SHAPES = ((1, 7), (3, 12))
 PARITY = "parity.json"
 
 _SEED = 0
-_IMAGES, _SIGMA, _STATE, _TOKENS = range(4)  # streams of their own, whatever evaluation draws
+_IMAGES, _SIGMA, _STATE, _TOKENS, _ROW = range(5)  # streams of their own, whatever evaluation draws
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,9 @@ def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, N
             else:
                 uniforms = uniform(_stream(_SIGMA, block), 0, count)[:, 0]
                 sigma = np.array(schedule.draw(block, uniforms.tolist()), np.float32)
-                inputs |= {"z": np.sqrt(1 + sigma[:, None] ** 2) * unit, "sigma": sigma}
+                row = normal(_stream(_ROW, block), 0, count, width)
+                row /= np.linalg.norm(row, axis=1, keepdims=True)
+                inputs |= {"z": row + sigma[:, None] * unit, "sigma": sigma}
             yield file, count, inputs
 
 

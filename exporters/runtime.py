@@ -83,6 +83,8 @@ class Predictor:
         manifest = self.manifest
         if images.ndim != 4 or images.shape[1:] != manifest.image_shape:
             raise BadInput(f"images of shape {images.shape}; the model takes {('n', *manifest.image_shape)}")
+        if draws < 0:
+            raise UsageError(f"{draws} draws of noise")
         num_blocks = manifest.schedule.num_blocks
         steps = num_blocks if num_steps is None else num_steps
         if manifest.single_file and (steps, projection) != (num_blocks, "soft"):

@@ -18,6 +18,7 @@ from edgetrain.models.masked import MaskedBatches
 from edgetrain.noise import masking_band, masking_block
 from edgetrain.objectives.base import training_batches
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
+from edgetrain.session import Session
 from tests.test_engine import state, train_on
 from tests.text_families import (
     FAMILIES,
@@ -78,6 +79,39 @@ def test_stems_may_be_shared_or_frozen(family: str, stem: str, tmp_path: Path) -
     after = state(train_on(tmp_path / "s", cast(Any, Cycling())).session)
     assert bool(before) == (stem == "shared")
     assert all(after[name] != array for name, array in before.items() if " m " not in name and " v " not in name)
+
+
+def test_a_session_from_before_there_were_some_keys_goes_on_as_it_was(tmp_path: Path) -> None:
+    """The preset that it names says otherwise today."""
+    was = {"preconditioning": "edm", "joined": False, "skip": False}
+    spec = small("ar", **{f"diffusion_blocks__{key}": value for key, value in was.items()})
+    digests = []
+    for name in ("new", "old"):
+        path = tmp_path / name
+        new_session(path, spec)
+        train_on(path, cast(Any, Cycling()), visits=1)
+        written = (path / "spec.toml").read_text()
+        if name == "old":
+            kept = [line for line in written.splitlines() if not line.startswith(("preconditioning", "joined"))]
+            assert len(kept) == len(written.splitlines()) - 2
+            (path / "spec.toml").write_text("\n".join(kept))
+        session = Session.open(path)
+        assert session.spec == spec
+        digests.append(train_on(path, cast(Any, Cycling())).session.store.digest())
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("family", ["ar", "recurrent"])
+def test_a_trained_codebook_learns_by_all_that_is_made_of_z(family: str, tmp_path: Path) -> None:
+    spec = small(family, diffusion_blocks__codebook="shared", train__steps=40, train__visit_steps=5)
+    session = new_session(tmp_path / "s", spec)
+    before = {name: array for name, array in state(session).items() if name.startswith("codebook weight")}
+    first = train_on(tmp_path / "s", cast(Any, Cycling()), visits=spec.num_blocks).summary["loss"]
+    done = train_on(tmp_path / "s", cast(Any, Cycling()))
+    after = state(done.session)
+    assert before
+    assert all(after[name] != array for name, array in before.items())
+    assert done.summary["loss"] < first - 0.2
 
 
 def test_a_visit_changes_its_block_alone(tmp_path: Path) -> None:

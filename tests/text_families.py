@@ -26,7 +26,7 @@ from edgetrain.vocabulary import put_tokenizer
 
 FAMILIES = ("masked", "ar", "recurrent")
 VOCABULARY, LENGTH = 20, 12
-ONE_STREAM = {"diffusion_blocks__streams": 1, "diffusion_blocks__joined": False}
+ONE_STREAM = {"diffusion_blocks__streams": 1}
 TEXT = "In the beginning God created the heaven and the earth.\n" * 40
 
 

@@ -36,7 +36,11 @@ _STEPS_OF_A_BOUND = 64  # with as few as there are blocks a variational bound sa
     type=click.Choice(["train", "test"]),
     help="[test: what was held out; of other text, named by --data, all]",
 )
-@click.option("--euler-steps", type=click.IntRange(1), help="Steps of the chain.  [one a block; of next tokens 64]")
+@click.option(
+    "--euler-steps",
+    type=click.IntRange(1),
+    help="Steps of the chain.  [one a block; of ar 64; of recurrent 1, 2, 4 ...]",
+)
 @click.option("--draws", type=click.IntRange(1), help="Noise draws to average.  [8; of next tokens 1]")
 @click.option("--limit", type=click.IntRange(1), help="Take at most so many examples (language models).")
 @options.DEVICE

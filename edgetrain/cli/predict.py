@@ -77,13 +77,13 @@ def command(
     else:
         with tempfile.TemporaryDirectory() as scratch:
             dataset = open_dataset(data or "", split, Path(scratch))
-            chain = "chain" if draws else "chain-mode"
-            correct = {chain: 0, "sigma_max": 0}
+            chain, first = ("chain", "sigma_max") if draws else ("chain-mode", "sigma_max-mode")
+            correct = {chain: 0, first: 0}
             for start in range(0, dataset.num_examples, _CHUNK_EXAMPLES):
                 x, labels = dataset.read(np.arange(start, min(start + _CHUNK_EXAMPLES, dataset.num_examples)))
                 one = predictor.predict(to_float(x), start, **settings)
                 correct[chain] += int((one.probabilities.argmax(1) == labels).sum())
-                correct["sigma_max"] += int((one.sigma_max_probabilities.argmax(1) == labels).sum())
+                correct[first] += int((one.sigma_max_probabilities.argmax(1) == labels).sum())
         if predictor.manifest.whole:
             correct = {"top-1": correct[chain]}
         rows = [

@@ -73,9 +73,7 @@ def command(
         base: dict[str, Any] = _as_tables(found.spec)
         if recipe is not None:
             base = _with_recipe(base, recipe)
-        if changes.get("train.micro_batch") == 0:  # chosen by the plan, as it was: a session has one
-            del changes["train.micro_batch"]
-        spec = resolve(base, changes)
+        spec = found.with_its_micro_batch(resolve(base, changes))
         budget = options.saved_budget(found, budget)
         found.check_change(spec)
     chosen = _blocks(blocks, spec.num_blocks)

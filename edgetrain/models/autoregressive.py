@@ -83,7 +83,7 @@ class Stem(TextStem):
         return Boundary({"clean": self.embedded(tokens)}, context)
 
     def noised(self, tokens: Tensor, scaled_z: Tensor, c_noise: Tensor) -> Boundary:
-        """c_in * z (n, tokens, width) beside the tokens (n, tokens), c_noise (n,)."""
+        """What is given of z (n, tokens, width) beside the tokens (n, tokens), c_noise (n,)."""
         noisy = self.noisy(scaled_z)
         if self.previous:
             noisy = noisy + self.embedded(tokens)

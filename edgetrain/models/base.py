@@ -35,7 +35,7 @@ class Boundary:
 
 
 def network_input(z: Tensor, sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
-    """c_in z, and c_noise (n,) (EDM, table 1): what a network is given of z (n, ...) and sigma (n,)."""
+    """c_in z, and c_noise (n,) (EDM, table 1), of z (n, ...) and sigma (n,)."""
     _, _, c_in = preconditioning(sigma, sigma_data)
     return c_in.view(-1, *[1] * (z.ndim - 1)) * z, sigma.log() / 4
 

@@ -53,7 +53,7 @@ def evidence(rows: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
 
 
 def network_input(spec: Spec, rows: Tensor, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """What a network is given of z (n, ..., width) and sigma (n,): a vector of unit variance, and c_noise (n,)."""
+    """What a network is given of z (n, ..., width) and sigma (n,): a vector of as many elements, and c_noise (n,)."""
     scaled_z, c_noise = base.network_input(z, sigma, spec.sigma_data)
     if spec.diffusion_blocks.preconditioning == "discrete":
         scaled_z = evidence(rows, z, sigma).softmax(-1) @ rows * rows.shape[1] ** 0.5

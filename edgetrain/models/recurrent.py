@@ -2,7 +2,7 @@
 
 The prelude makes e of the tokens; the core maps a state s, beginning with s = adapter([s, e]), to a new one; the coda
 reads the last state. Trained as a whole the state starts as noise and the core runs several times. By DiffusionBlocks
-(arXiv 2506.14202) one run is one step of denoising: the state given to it is c_in * z, z_i = y_i + sigma * eps with
+(arXiv 2506.14202) one run is one step of denoising: the state given to it is made of z_i = y_i + sigma * eps with
 y_i the codebook's row of the token after token i, so that training needs no more than one run. All is causal: state i
 sees those before it, whose targets are tokens that it knows.
 """

@@ -92,11 +92,11 @@ class Stem(PatchStem):
         return Boundary({"clean": self.tokens_of(images)}, {"clean_condition": F.silu(self.clean_condition)})
 
     def noised(self, scaled_z: Tensor, c_noise: Tensor) -> Boundary:
-        """The other one: c_in * z (n, width), c_noise (n,)."""
+        """The other one: what is given of z (n, width), c_noise (n,)."""
         return Boundary({"noisy": self.noisy(scaled_z)[:, None]}, {"condition": self.condition(c_noise)})
 
     def forward(self, images: Tensor, scaled_z: Tensor, c_noise: Tensor) -> Boundary:
-        """images (n, C, H, W), c_in * z (n, width), c_noise (n,)."""
+        """images (n, C, H, W), what is given of z (n, width), c_noise (n,)."""
         noised = self.noised(scaled_z, c_noise)
         if self.streams == 1:
             tokens = torch.cat([noised.carried["noisy"], self.tokens_of(images)], 1)
@@ -163,7 +163,7 @@ class Head(nn.Module):
 
     @staticmethod
     def network_output(boundary: Boundary) -> Tensor:
-        """F(c_in * z; x, c_noise), (n, width)."""
+        """F, (n, width)."""
         carried = boundary.carried
         return carried["tokens"][:, 0] if "tokens" in carried else carried["noisy"][:, 0]
 

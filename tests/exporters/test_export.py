@@ -75,9 +75,10 @@ def test_single_file_is_the_chain(session: Session, tmp_path: Path) -> None:
     for i, expected in enumerate(Model(session).chain(images, noise)):
         for got, wanted in zip(model.run(None, {"images": images[i], "noise": noise[i]}), expected, strict=True):
             np.testing.assert_allclose(got, wanted, RTOL, ATOL)
-    one, other = (Predictor(folder).predict(images[3], 40, draws=2) for folder in (blocks, single))
-    np.testing.assert_allclose(one.probabilities, other.probabilities, 1e-5, 2e-6)
-    np.testing.assert_allclose(one.sigma_max_probabilities, other.sigma_max_probabilities, 1e-5, 2e-6)
+    for draws in (0, 2):
+        one, other = (Predictor(folder).predict(images[3], 40, draws=draws) for folder in (blocks, single))
+        np.testing.assert_allclose(one.probabilities, other.probabilities, 1e-5, 2e-6)
+        np.testing.assert_allclose(one.sigma_max_probabilities, other.sigma_max_probabilities, 1e-5, 2e-6)
 
 
 def test_models_are_valid_and_described(session: Session, tmp_path: Path) -> None:
