@@ -92,5 +92,5 @@ def command(
             for readout, count in correct.items()
         ]  # fmt: skip
         value = {"results": rows, "peak_bytes": usage().peak_bytes}
-        lines = [f"{row['readout']:10} accuracy {row['value']:6.2f} % of {row['num_examples']}" for row in rows]
+        lines = [f"{row['readout']:14} accuracy {row['value']:6.2f} % of {row['num_examples']}" for row in rows]
     options.emit(value, as_json, lambda: "\n".join(lines))
