@@ -251,6 +251,14 @@ def test_a_complete_session_stays_as_it_is(place, complete, session):
     assert again["bytes_written"] == 0
 
 
+def test_a_micro_batch_that_is_left_to_the_plan_is_the_one_there_is(place, complete, session, tmp_path):
+    recipe = tmp_path / "again.toml"
+    recipe.write_text("[train]\nmicro_batch = 0\n")
+    for told in (["--set", "train.micro_batch=0"], ["--recipe", recipe]):
+        again = place.json("train", session, *told, "--threads", 1)
+        assert (again["status"], again["digest"]) == ("complete", complete["digest"])
+
+
 def test_evaluate_has_a_row_for_each_readout(place, complete):
     value = place.json("evaluate", complete["session"], "--draws", 2, "--threads", 1)
     rows = {row["readout"]: row for row in value["results"]}
