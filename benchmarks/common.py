@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import struct
 import subprocess
@@ -29,13 +30,14 @@ _NAMED_BUDGET = re.compile(r"--memory-budget (\d+)MiB")
 @dataclass(frozen=True)
 class Outcome:
     """A command that ended. ``peak_bytes``: of its process tree, the larger of all samples of the sum and every
-    process's own high-water mark; ``value``: the JSON object it printed, empty if none."""
+    process's own high-water mark; ``value``: the JSON object it printed, empty if none; ``cpu_s``: of all of them."""
 
     exit_code: int
     value: dict[str, Any]
     peak_bytes: int
     seconds: float
     stderr: str
+    cpu_s: float
 
     @property
     def named_budget_bytes(self) -> int:
@@ -65,7 +67,7 @@ def environment(folder: Path) -> dict[str, str]:
 def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600, poll_s: float = 0.01) -> Outcome:
     """Runs ``edgetrain ARGUMENTS --json`` in ``folder`` and measures its process tree, every ``poll_s``: a hundred
     times a second takes an eighth of a core, and is for tables of memory."""
-    began = time.monotonic()
+    began, cpu_before = time.monotonic(), _cpu_s_of_children()
     with (folder / "stdout").open("w+") as out, (folder / "stderr").open("w+") as err:
         command = [executable(), *arguments, "--json"]
         process = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=out, stderr=err)
@@ -84,7 +86,14 @@ def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600, poll_s: fl
         value = {}
     own = value.get("peak_bytes", 0)  # the last milliseconds are between two samples
     peak_bytes = max(meter.peak_bytes, own, *meter.high_water_bytes.values(), 0)
-    return Outcome(process.returncode, value, peak_bytes, time.monotonic() - began, complaint)
+    seconds, cpu_s = time.monotonic() - began, _cpu_s_of_children() - cpu_before
+    return Outcome(process.returncode, value, peak_bytes, seconds, complaint, cpu_s)
+
+
+def _cpu_s_of_children() -> float:
+    """Of all that were waited for, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 @contextmanager

@@ -86,7 +86,9 @@ class Study:
         ).require()
         seconds = trained.value["seconds"]
         scores = score(self.folder, session)
-        extra = {"peak_bytes": trained.value["peak_bytes"], "spec": self.identity(arm)}
+        extra: dict[str, Any] = {"peak_bytes": trained.value["peak_bytes"], "spec": self.identity(arm)}
+        if arguments and split == "validation":  # whole, not the rest of a training that was interrupted
+            extra["cpu_s"] = trained.cpu_s
         scored = Result(arm.name, seed, steps, lr, split, scores, seconds, extra)
         with self._log.open("a") as log:
             log.write(json.dumps(scored.__dict__) + "\n")
@@ -125,6 +127,17 @@ class Study:
                 self.result(arm, seed, 1.0, rates[arm.name], "validation", validate)
                 self.result(arm, seed, 1.0, rates[arm.name], "test", test)
         self.rates = rates
+
+    def cpu_s_a_step(self, arm: Arm) -> float:
+        """Of the arm's trainings that were not interrupted, their beginning included: what else runs on the machine
+        matters less to it than to seconds."""
+        timed = [
+            one for one in self.results
+            if "cpu_s" in one.extra and (one.arm, one.extra["spec"]) == (arm.name, self.identity(arm))
+        ]  # fmt: skip
+        if not timed:
+            raise SystemExit(f"all trainings of {arm.name!r} were interrupted: delete {self.folder} and begin again")
+        return sum(one.extra["cpu_s"] for one in timed) / sum(one.steps for one in timed)
 
     def at(self, arm: Arm, split: str, part: float = 1.0) -> list[Result]:
         """All seeds of an arm, at its chosen learning rate."""

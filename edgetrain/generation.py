@@ -6,6 +6,8 @@ logits.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -183,3 +185,30 @@ def generate(
         if token in ends:
             return
         tokens = np.array([token], np.int64)
+
+
+def unmask(
+    logits: Callable[[NDArray[np.int64], float], NDArray[np.float32]],
+    tokens: NDArray[np.int64],
+    mask: int,
+    num_steps: int,
+    sampling: Sampling,
+) -> NDArray[np.int64]:
+    """Fills those of ``tokens`` (length,) that are ``mask`` (MD4, arXiv 2406.04329, section 4): at each step from
+    t = cos(pi/2 k / num_steps) to the next a part of what is still masked is drawn and stays.
+
+    Args:
+        logits: (1, length, vocab_size) of tokens (1, length) at t.
+    """
+    tokens = tokens.copy()
+    times = [math.cos(math.pi / 2 * k / num_steps) for k in range(num_steps)] + [0.0]
+    for step, (t, following) in enumerate(itertools.pairwise(times)):
+        (places,) = np.nonzero(tokens == mask)
+        draws = uniform(Stream(sampling.seed, Purpose.NOISE, 0, step), 0, len(tokens))[:, 0]
+        shown = [place for place in places.tolist() if draws[place] < (t - following) / t]
+        if not shown:
+            continue
+        found = logits(tokens[None], t)[0]
+        for place in shown:
+            tokens[place] = choose(found[place], sampling, place)
+    return tokens

@@ -121,7 +121,8 @@ class TextModelSpec:
     exact training runs it ``loops`` times, and back through the last ``backprop_loops`` of them (0: all).
 
     ``tokenizer``: "bytes", or a folder with tokenizer.json; ``vocab_size`` follows from it. ``previous``: with
-    diffusion_blocks, a noisy token of ar is also given the embedding of the token before it.
+    diffusion_blocks, a noisy token of ar is also given the embedding of the token before it. ``neighbours``: a token of
+    masked is also given the embeddings of so many tokens on each side.
     """
 
     family: Literal["masked", "ar", "recurrent"] = "ar"
@@ -137,6 +138,7 @@ class TextModelSpec:
     loops: int = 8
     backprop_loops: int = 0
     previous: bool = True
+    neighbours: int = 0
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "mlp_ratio", "prelude", "coda", "loops"):
@@ -144,6 +146,7 @@ class TextModelSpec:
         require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
         require(self.head_dim % 2 == 0, f"a head's width {self.head_dim} is odd: rotary positions need pairs")
         require(self.rope_theta > 0, "model.rope_theta must be positive")
+        require(self.neighbours >= 0, f"model.neighbours is {self.neighbours}, below 0")
         require(
             0 <= self.backprop_loops <= self.loops,
             f"model.backprop_loops {self.backprop_loops} is not between 0 and {self.loops} loops",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from devices import Device
 from edgetrain.blockwise import bind, build_modules
 from edgetrain.data.tokens import TextDataset
 from edgetrain.engine import warm_up_kernels
-from edgetrain.generation import Sampling, choose
+from edgetrain.generation import Sampling, unmask
 from edgetrain.models import autoregressive, build_family, build_network, recurrent
 from edgetrain.models.attention import KeyValue
 from edgetrain.models.base import Boundary
@@ -141,12 +141,12 @@ class TextModel(Batched):
     def costs(self, dataset: TextDataset, num_steps: int, draws: int, limit: int | None = None) -> list[Cost]:
         """What the examples of a text cost, a token.
 
-        Of a next-token model: at sigma_max, where z carries nothing, which is its true negative log-likelihood; and of
-        a chain of ``num_steps`` the variational bound, the mean over ``draws`` (Kingma et al., arXiv 2107.00630,
-        equation 13: half the gain of 1 / sigma^2 in each step times |y - D|^2, and the last step's cross-entropy),
-        for ancestral steps with the denoisers that the Euler steps of a generation have. Of masked diffusion: the bound
-        of MD4's equation 4, t spread evenly over ``draws`` parts of each block's band. Trained as a whole: the
-        likelihood itself, or the same bound.
+        Of a next-token model: at sigma_max, where z carries nothing, which is its true negative log-likelihood, and so
+        is that from z = 0, for which nothing is drawn; and of a chain of ``num_steps`` the variational bound, the mean
+        over ``draws`` (Kingma et al., arXiv 2107.00630, equation 13: half the gain of 1 / sigma^2 in each step times
+        |y - D|^2, and the last step's cross-entropy), for ancestral steps with the denoisers that the Euler steps of a
+        generation have. Of masked diffusion: the bound of MD4's equation 4, t spread evenly over ``draws`` parts of
+        each block's band. Trained as a whole: the likelihood itself, or the same bound.
         """
         num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
         found: dict[str, list[NDArray[np.float64]]] = {}
@@ -204,13 +204,16 @@ class TextModel(Batched):
         schedule = self.spec.diffusion_blocks.noise
         grid = schedule.grid(num_steps)
         sigmas = [sigma for sigma, _ in grid]
-        first, bound = np.zeros(tokens.shape), np.full(tokens.shape, _start_cost(schedule.sigma_max, self.model.width))
+        first, mode = np.zeros(tokens.shape), np.zeros(tokens.shape)
+        bound = np.full(tokens.shape, _start_cost(schedule.sigma_max, self.model.width))
         for block in dict.fromkeys(block for _, block in grid):
             self.modules.load(block)
             for part in self.parts(len(tokens)):
                 wanted = self._tensor(targets[part])
                 y = torch.nn.functional.embedding(wanted, self.modules.rows)
                 denoiser = self._denoiser(self._tensor(tokens[part]))
+                if block == grid[0][1]:
+                    mode[part] = _negative_log(self._at(denoiser, torch.zeros_like(y), sigmas[0]), wanted)
                 for draw, k in itertools.product(range(draws), range(num_steps)):
                     if grid[k][1] != block:
                         continue
@@ -226,7 +229,7 @@ class TextModel(Batched):
                         gained = sigmas[k + 1] ** -2 - sigmas[k] ** -2
                         error = (y - logits.softmax(-1) @ self.modules.rows).double().square().sum(-1).cpu().numpy()
                         bound[part] += gained / 2 * error / draws
-        return {"sigma_max": first, "chain": bound}
+        return {"sigma_max": first, "sigma_max-mode": mode, "chain": bound}
 
     def _at(self, denoiser: Denoiser, z: Tensor, sigma: float) -> Tensor:
         """Logits where the noise level is the same everywhere."""
@@ -305,11 +308,17 @@ class TextModel(Batched):
         self, tokens: NDArray[np.int64], first: int, caches: Sequence[KeyValue] | None = None, last: bool = False
     ) -> Tensor:
         """Of a next-token model that was trained as a whole: tokens (n, length) -> (n, length, vocab_size)."""
-        network = cast(TextNetwork, self.modules.network)
         batch = {"tokens": self._tensor(tokens)}
         if self.model.family == "recurrent":
             stream = Stream(self.spec.train.seed, Purpose.EVALUATION_NOISE)
             batch["state"] = self._tensor(first_state(stream, first, tokens.shape, self.model.width))
+        return self._whole_logits_of(batch, caches, last)
+
+    def _whole_logits_of(
+        self, batch: Mapping[str, Tensor], caches: Sequence[KeyValue] | None = None, last: bool = False
+    ) -> Tensor:
+        """Of tokens (n, length) and the state, if there is one, that the core begins with (n, length, width)."""
+        network = cast(TextNetwork, self.modules.network)
         boundary = network.enter(self.modules.stem, batch)
         for number, layer in enumerate(self.modules.layers):
             if caches is None:
@@ -360,21 +369,31 @@ class TextModel(Batched):
 
     @torch.no_grad()
     def unmask(self, tokens: NDArray[np.int64], num_steps: int, sampling: Sampling) -> NDArray[np.int64]:
-        """Fills those of ``tokens`` (length,) that are ``vocab_size`` (MD4, section 4): at each of ``num_steps`` steps
-        from t = cos(pi/2 k / steps) to the next a part of what is still masked is drawn and stays."""
-        tokens = tokens.copy()
-        times = [math.cos(math.pi / 2 * k / num_steps) for k in range(num_steps)] + [0.0]
-        for step, (t, following) in enumerate(itertools.pairwise(times)):
-            (places,) = np.nonzero(tokens == self.model.vocab_size)
-            draws = uniform(Stream(sampling.seed, Purpose.NOISE, 0, step), 0, len(tokens))[:, 0]
-            shown = [place for place in places.tolist() if draws[place] < (t - following) / t]
-            if not shown:
-                continue
+        """As ``generation.unmask``, by the blocks that own t."""
+
+        def logits(tokens: NDArray[np.int64], t: float) -> NDArray[np.float32]:
             self.modules.load(masking_block(self.spec.num_blocks, t))
-            logits = self._masked_logits(tokens[None], np.array([t]))[0].cpu().numpy()
-            for place in shown:
-                tokens[place] = choose(logits[place], sampling, place)
-        return tokens
+            found: NDArray[np.float32] = self._masked_logits(tokens, np.array([t])).cpu().numpy()
+            return found
+
+        return unmask(logits, tokens, self.model.vocab_size, num_steps, sampling)
+
+    @torch.no_grad()
+    def outputs(self, block: int, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """What an exported graph of a block, or of a model trained as a whole, computes: ``logits``, and by blocks of
+        next-token models ``denoised``. Given are input_ids (n, length) and, as the graph has them, t (n,), z (n,
+        length, width) and sigma (n,), or state (n, length, width)."""
+        self.modules.load(block)
+        tokens = given["input_ids"]
+        if "t" in given:
+            return {"logits": self._masked_logits(tokens, given["t"]).numpy()}
+        if self.spec.is_exact:
+            batch = {"tokens": self._tensor(tokens)} | (
+                {"state": self._tensor(given["state"])} if "state" in given else {}
+            )
+            return {"logits": self._whole_logits_of(batch).numpy()}
+        logits = self._denoiser(self._tensor(tokens))(self._tensor(given["z"]), self._tensor(given["sigma"]))
+        return {"logits": logits.numpy(), "denoised": (logits.softmax(-1) @ self.modules.rows).numpy()}
 
 
 class Context:
@@ -473,4 +492,4 @@ def _cost(name: str, each: NDArray[np.float64], weight: NDArray[np.float64]) -> 
     residuals = each - mean * weight  # of a ratio of sums
     square = float((residuals**2).sum()) * n / max(1, n - 1)
     error = math.sqrt(square) / float(weight.sum()) if n > 1 else math.nan
-    return Cost(name, mean, error, name not in ("sigma_max", "whole"))
+    return Cost(name, mean, error, name not in ("sigma_max", "sigma_max-mode", "whole"))

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec
+from edgetrain.spec import LanguageModelSpec, TextModelSpec
 from edgetrain.stages import exact_stages, largest_block
 from exporters import parity
 from exporters.language_runtime import LanguageRunner
 from exporters.manifest import Manifest
 from exporters.runtime import import_onnxruntime, open_model
+from exporters.text_runtime import TextRunner
 
 Floats = NDArray[np.float32]
 
@@ -24,6 +25,8 @@ def run(request: parity.Request) -> dict[str, Any]:
     session = Session.open(request.session_path)
     if isinstance(session.spec.model, LanguageModelSpec):
         return {"rows": _language_rows(request, session)}
+    if isinstance(session.spec.model, TextModelSpec):
+        return {"rows": _text_rows(request, session)}
     manifest = Manifest.read(request.export_path)
     layouts = [] if manifest.single_file else largest_block(session.spec, session.shapes)
     import_onnxruntime()
@@ -63,12 +66,60 @@ def _language_rows(request: parity.Request, session: Session) -> list[dict[str, 
         first, past = runner.run(tokens[:, :half], runner.empty(len(tokens)))
         second, _ = runner.run(tokens[:, half:], past)
         for name, array in (("logits", whole), ("logits, by parts", np.concatenate([first, second], 1))):
-            # Near zero a logit has the rounding of its large neighbours.
-            atol = parity.ATOL * max(1.0, float(np.abs(reference).max()))
-            row = difference(array, reference, atol)
-            row |= {"rtol": parity.RTOL, "atol": atol, "batch_sizes": [len(tokens)]}
-            rows[name] = _worse(rows[name], row) if name in rows else {"file": file, "output": name, **row}
+            _compared(rows, file, name, array, reference)
     return list(rows.values())
+
+
+def _text_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:
+    """Block by block; what has keys and values at once, and in two parts."""
+    import_onnxruntime()
+    runner = TextRunner(request.export_path, keeps=False)
+    is_single = runner.manifest.single_file
+    layouts = largest_block(session.spec, session.shapes)
+    block_bytes = sum(layout.section_bytes(layout.roles[0].name) for layout in layouts)
+    parity.limit_memory(request.budget_bytes, runner.weights_bytes if is_single else block_bytes)
+    references = io.BytesIO(parity.read_all(request.descriptor))
+    rows: dict[str, dict[str, Any]] = {}
+    for _, number, inputs in parity.text_cases(session.spec, is_single):
+        tokens = inputs.pop("input_ids")
+        if is_single and "t" in inputs:
+            inputs["t"] = inputs["t"][:1]
+        if session.spec.is_exact and session.spec.model.family == "recurrent":
+            inputs["loops"] = np.array(session.spec.text_model.loops)
+        found = [("", _read(runner, number, tokens, inputs))]
+        if runner.manifest.layers[number]:
+            found.append((", by parts", _read(runner, number, tokens, inputs, tokens.shape[1] // 2)))
+        for name in parity.text_outputs(session.spec, is_single):
+            reference = np.load(references, allow_pickle=False)
+            for how, outputs in found:
+                _compared(rows, runner.manifest.graphs[number], name + how, outputs[name], reference)
+    return list(rows.values())
+
+
+def _read(
+    runner: TextRunner, number: int, tokens: NDArray[np.int64], more: dict[str, Any], cut: int = 0
+) -> dict[str, Floats]:
+    """The outputs of a graph; of one with keys and values for tokens before and after ``cut``, one after the other."""
+    if not runner.manifest.layers[number]:
+        return runner.run(number, {"input_ids": tokens, **more})
+    past = runner.empty(number, len(tokens))
+    parts: list[dict[str, Floats]] = []
+    for part in (slice(0, cut), slice(cut, None)) if cut else (slice(None),):
+        given = {name: array[:, part] if array.ndim > 1 else array for name, array in more.items()}
+        outputs, past = runner.read(number, tokens[:, part], past, given)
+        parts.append(outputs)
+    names = [name for name in parts[0] if not name.startswith("present.")]
+    return {name: np.concatenate([one[name] for one in parts], 1) for name in names}
+
+
+def _compared(rows: dict[str, dict[str, Any]], file: str, name: str, array: Floats, reference: Floats) -> None:
+    """Adds to ``rows`` how an output (n, ...) of a text differs, the worst of all cases."""
+    # Near zero a logit has the rounding of its large neighbours.
+    atol = parity.ATOL * max(1.0, float(np.abs(reference).max()))
+    row = difference(array, reference, atol)
+    row |= {"rtol": parity.RTOL, "atol": atol, "batch_sizes": [len(reference)]}
+    key = f"{file} {name}"
+    rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}
 
 
 def difference(array: Floats, reference: Floats, atol: float = parity.ATOL) -> dict[str, Any]:

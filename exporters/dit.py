@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
 from exporters.graph import Graph
+from exporters.noised import Noised, embedded_noise, silu
 from exporters.vit import Shapes, Transformer
 
 OUTPUT = "denoised"
@@ -27,13 +28,11 @@ class _Denoiser(Transformer):
 
     def run(self, z: str, sigma: str, labels: str) -> str:
         g, model = self.graph, self.spec.image_model
-        # Each (n, 1, 1, 1) where an image is scaled.
-        sigma, norm, root = self.noise(sigma)
-        wide, wide_norm, wide_root = (g.op("Unsqueeze", one, g.ints(2, 3)) for one in (sigma, norm, root))
+        noised = Noised(g, self.spec, z, sigma, 4)
         with g.scope(self.stem):
-            tokens = self._clean_tokens(g.op("Div", z, wide_root))  # of c_in * z
+            tokens = self._clean_tokens(noised.scaled())
             classes = g.op("Gather", g.weight(f"{self.stem}.classes"), labels)
-            condition = self._silu(g.op("Add", self._embedded_noise(sigma), classes))  # (n, width)
+            condition = silu(g, g.op("Add", embedded_noise(g, self.stem, noised.c_noise), classes))  # (n, width)
         for layer in self.layers:
             tokens, _ = self._layer(layer, tokens, model.num_patches, condition)
         with g.scope(self.head):
@@ -45,4 +44,4 @@ class _Denoiser(Transformer):
             grid = g.reshape(pixels, -1, height // p, width // p, channels, p, p)
             grid = g.op("Transpose", grid, perm=[0, 3, 1, 4, 2, 5])
             output = g.reshape(grid, -1, channels, height, width)  # F
-        return self._preconditioned(output, z, wide, wide_norm, wide_root)
+        return noised.preconditioned(output)

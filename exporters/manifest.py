@@ -20,7 +20,10 @@ MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 MODEL_DATA = "model.onnx_data"
 WEIGHTS = "weights.safetensors"
+CONFIG = "config.json"
 PREPROCESSING = "x/127.5-1"
+CODEBOOK = "codebook.rows"
+"""The weight whose rows are noised, of unit length where they are."""
 
 _MAX_BYTES = 16 << 20
 _MAX_BLOCKS = 1 << 12
@@ -138,8 +141,56 @@ class LanguageManifest:
         return found
 
 
-def read(folder: Path) -> Manifest | LanguageManifest:
-    """Either; as ``Manifest.read``."""
+@dataclass(frozen=True)
+class TextManifest:
+    """An export of a language model that was trained from the beginning: a graph for each block, or model.onnx alone.
+
+    ``whole``: it was trained as one. ``layers``: of each block, those that have keys and values; none where there are
+    no such inputs. ``streams``: as in training. ``loops``: how often the core of a recurrent model ran in training.
+    ``length``: that of the texts in training. The mask of a masked model is the number ``vocab_size``.
+    """
+
+    family: str
+    digest: str
+    seed: int
+    single_file: bool
+    whole: bool
+    vocab_size: int
+    width: int
+    heads: int
+    head_dim: int
+    length: int
+    layers: tuple[int, ...]
+    streams: int
+    loops: int
+    schedule: NoiseSchedule
+    files: Mapping[str, FileRecord]
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The files of the graphs, a block each."""
+        return (MODEL,) if self.single_file else tuple(map(block_file, range(self.schedule.num_blocks)))
+
+    def write(self, folder: Path) -> None:
+        """Writes it into ``folder``, durably."""
+        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, "kind": _TEXT, **asdict(self)}
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> TextManifest:
+        """As ``Manifest.read``, of a language model that was trained from the beginning."""
+        found = read(folder)
+        if not isinstance(found, cls):
+            raise BadInput(f"{folder} is no export of a language model that was trained from the beginning")
+        return found
+
+
+_TEXT = "text"
+AnyManifest = Manifest | LanguageManifest | TextManifest
+
+
+def read(folder: Path) -> AnyManifest:
+    """Any; as ``Manifest.read``."""
     manifest = _read(folder / MANIFEST)
     for name, record in manifest.files.items():
         actual = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -149,7 +200,7 @@ def read(folder: Path) -> Manifest | LanguageManifest:
     return manifest
 
 
-def _read(path: Path) -> Manifest | LanguageManifest:
+def _read(path: Path) -> AnyManifest:
     folder = path.parent
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -166,6 +217,8 @@ def _read(path: Path) -> Manifest | LanguageManifest:
     if version > VERSION:
         raise BadInput(f"{path} has format version {version}, newer than {VERSION}", "Install a newer edgetrain.")
     try:
+        if content.get("kind") == _TEXT:
+            return _parse_text(content)
         return _parse_language(content) if "vocab_size" in content else _parse(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, EdgetrainError) as error:
         raise BadInput(f"{path} is damaged: {error!r}", "Export the session again.") from error
@@ -189,6 +242,28 @@ def _parse_language(content: Mapping[str, Any]) -> LanguageManifest:
     return parsed
 
 
+def _parse_text(content: Mapping[str, Any]) -> TextManifest:
+    parsed = TextManifest(
+        family=_is(str, content["family"]),
+        digest=_is(str, content["digest"]),
+        seed=_is(int, content["seed"]),
+        single_file=_is(bool, content["single_file"]),
+        whole=_is(bool, content["whole"]),
+        **{name: _positive(content[name]) for name in ("vocab_size", "width", "heads", "head_dim", "length", "loops")},
+        layers=tuple(_is(int, number) for number in content["layers"]),
+        streams=_positive(content["streams"]),
+        schedule=_schedule(content),
+        files=_records(content),
+    )
+    if parsed.schedule.num_blocks > _MAX_BLOCKS or not 0 <= sum(parsed.layers) < _MAX_BLOCKS or min(parsed.layers) < 0:
+        raise ValueError(f"{parsed.schedule.num_blocks} blocks of {parsed.layers} layers")
+    if len(parsed.layers) != len(parsed.graphs) or parsed.family not in ("masked", "ar", "recurrent"):
+        raise ValueError(f"a model of the family {parsed.family!r} with {parsed.layers} layers")
+    if not set(parsed.graphs) < parsed.files.keys() or any(Path(name).name != name for name in parsed.files):
+        raise ValueError(f"a language model in the files {sorted(parsed.files)}")
+    return parsed
+
+
 def _records(content: Mapping[str, Any]) -> dict[str, FileRecord]:
     return {
         _is(str, name): FileRecord(_is(int, record["bytes"]), _is(str, record["sha256"]))
@@ -198,7 +273,6 @@ def _records(content: Mapping[str, Any]) -> dict[str, FileRecord]:
 
 def _parse(content: Mapping[str, Any]) -> Manifest:
     """Raises one of many errors unless every field is of its type and the fields agree."""
-    schedule = content["schedule"]
     parsed = Manifest(
         family=_is(str, content["family"]),
         digest=_is(str, content["digest"]),
@@ -207,10 +281,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         image_shape=tuple(_positive(size) for size in content["image_shape"]),  # type: ignore[arg-type]
         class_names=tuple(_is(str, name) for name in content["class_names"]),
         width=_positive(content["width"]),
-        schedule=NoiseSchedule(
-            _positive(schedule["num_blocks"]),
-            *(_is(float, schedule[key]) for key in ("sigma_min", "sigma_max", "p_mean", "p_std", "overlap")),
-        ),
+        schedule=_schedule(content),
         files=_records(content),
         whole=_is(bool, content.get("whole", False)),
     )
@@ -218,12 +289,20 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     needed = {MODEL} if parsed.single_file else {WEIGHTS, *(block_file(i) for i in range(min(num_blocks, _MAX_BLOCKS)))}
     if num_blocks > _MAX_BLOCKS or needed != parsed.files.keys():
         raise ValueError(f"{num_blocks} blocks in the files {sorted(parsed.files)}")
-    low, high = (parsed.schedule.quantile(sigma) for sigma in (parsed.schedule.sigma_min, parsed.schedule.sigma_max))
-    if not low < high:
-        raise ValueError(f"the noise levels {parsed.schedule} are no distribution")
     if len(parsed.image_shape) != 3 or not parsed.class_names or not 0 <= parsed.seed < 2**63:
         raise ValueError(f"images {parsed.image_shape}, {parsed.num_classes} classes, seed {parsed.seed}")
     return parsed
+
+
+def _schedule(content: Mapping[str, Any]) -> NoiseSchedule:
+    told = content["schedule"]
+    found = NoiseSchedule(
+        _positive(told["num_blocks"]),
+        *(_is(float, told[key]) for key in ("sigma_min", "sigma_max", "p_mean", "p_std", "overlap")),
+    )
+    if not found.quantile(found.sigma_min) < found.quantile(found.sigma_max):
+        raise ValueError(f"the noise levels {found} are no distribution")
+    return found
 
 
 def _is(kind: type, value: Any) -> Any:

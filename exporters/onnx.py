@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -20,14 +21,17 @@ from typing import TYPE_CHECKING, cast
 
 from devices.meter import usage
 from edgetrain import __version__
-from edgetrain.checkpoint import copy_tokenizer
+from edgetrain.checkpoint import copy_tokenizer, read_object
 from edgetrain.errors import BadInput, SessionLocked, UsageError
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, ModelSpec
+from edgetrain.spec import LanguageModelSpec, ModelSpec, TextModelSpec
+from edgetrain.stages import stages_of_block
 from edgetrain.store import disk
-from exporters import dit, language, vit
+from exporters import dit, language, text, vit
 from exporters.graph import External
 from exporters.manifest import (
+    CODEBOOK,
+    CONFIG,
     MANIFEST,
     MODEL,
     MODEL_DATA,
@@ -36,6 +40,7 @@ from exporters.manifest import (
     FileRecord,
     LanguageManifest,
     Manifest,
+    TextManifest,
     block_file,
     read,
 )
@@ -154,6 +159,9 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
     if isinstance(session.spec.model, LanguageModelSpec):
         _emit_language(session, weights, folder, digest, single_file)
         return
+    if isinstance(session.spec.model, TextModelSpec):
+        _emit_text(session, weights, folder, digest, single_file)
+        return
     files = _single(session, weights, folder, digest) if single_file else _blocks(session, weights, folder, digest)
     spec, schedule = session.spec, session.spec.diffusion_blocks.noise
     Manifest(
@@ -185,14 +193,53 @@ def _emit_language(session: Session, weights: Weights, folder: Path, digest: str
     for name, graph in graphs.items():
         files[name] = _write(folder / name, graph.model(_properties(session, digest), __version__, places))
         _check(folder / name)
-    for path in copy_tokenizer(session.model_files, folder):
-        with path.open("rb") as file:
-            files[path.name] = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    files |= _copied_tokenizer(session, folder)
     LanguageManifest(
         family=model.family, digest=digest, single_file=single_file, num_chunks=len(chunks),
         vocab_size=model.vocab_size, max_length=model.max_length, depth=model.depth, kv_heads=model.kv_heads,
         head_dim=model.head_dim, files=files,
     ).write(folder)  # fmt: skip
+
+
+def _emit_text(session: Session, weights: Weights, folder: Path, digest: str, single_file: bool) -> None:
+    spec, model = session.spec, session.spec.text_model
+    num_blocks = 1 if spec.is_exact else spec.num_blocks
+    if single_file:
+        graphs = {MODEL: text.single_graph(spec, weights.shapes)}
+    else:
+        graphs = {block_file(i): text.block_graph(spec, i, weights.shapes) for i in range(num_blocks)}
+    used = dict.fromkeys(name for graph in graphs.values() for name in graph.weights())
+    files: dict[str, FileRecord] = {}
+    if not single_file and "codebook" in {stage.kind for stage in stages_of_block(spec, 0)}:
+        used |= {CODEBOOK: None}  # the host knows by it what noisy tokens are
+    out, places = write_safetensors(folder / (MODEL_DATA if single_file else WEIGHTS), weights, used)
+    files[out.name] = FileRecord(out.num_bytes, out.sha256)
+    for name, graph in graphs.items():
+        files[name] = _write(folder / name, graph.model(_properties(session, digest), __version__, places))
+        _check(folder / name)
+    files |= _copied_tokenizer(session, folder)
+    layers = [len(spec.layers_of(i)) if text.is_cached(spec) else 0 for i in range(1 if single_file else num_blocks)]
+    if single_file and text.is_cached(spec):
+        told = read_object(folder, CONFIG) if CONFIG in files else {}
+        ends = {key: told[key] for key in ("eos_token_id", "bos_token_id") if key in told}
+        config = json.dumps(text.llama_config(model, layers[0], spec.text.length) | ends, indent=1).encode()
+        with writing(folder / CONFIG, len(config)) as out:
+            out.write(config)
+        files[CONFIG] = FileRecord(out.num_bytes, out.sha256)
+    TextManifest(
+        family=model.family, digest=digest, seed=spec.train.seed, single_file=single_file, whole=spec.is_exact,
+        vocab_size=model.vocab_size, width=model.width, heads=model.heads, head_dim=model.head_dim,
+        length=spec.text.length, layers=tuple(layers), streams=spec.diffusion_blocks.streams, loops=model.loops,
+        schedule=replace(spec.diffusion_blocks.noise, num_blocks=num_blocks), files=files,
+    ).write(folder)  # fmt: skip
+
+
+def _copied_tokenizer(session: Session, folder: Path) -> dict[str, FileRecord]:
+    files = {}
+    for path in copy_tokenizer(session.model_files, folder):
+        with path.open("rb") as file:
+            files[path.name] = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return files
 
 
 def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:

@@ -24,6 +24,7 @@ from devices import limits
 from devices.meter import resident_bytes_fast, usage
 from edgetrain import errors
 from edgetrain.errors import BudgetBroken, ParityFailed, SessionLocked
+from edgetrain.noise import masking_band
 from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import Spec
 from edgetrain.store.disk import replace_file
@@ -224,6 +225,45 @@ def language_cases(spec: Spec) -> Iterator[NDArray[np.int64]]:
         some = min(length, model.max_length)
         draws = uniform(_stream(_TOKENS, number), 0, count, some)
         yield (draws * model.vocab_size).astype(np.int64)
+
+
+def text_cases(spec: Spec, single_file: bool) -> Iterator[tuple[int, int, dict[str, NDArray[Any]]]]:
+    """(block, number of the graph, inputs by name) of everything that is compared of a language model that was trained
+    from the beginning. A single graph of next tokens is that of block 0 at sigma_max and z = 0."""
+    model, schedule = spec.text_model, replace(spec.diffusion_blocks.noise, num_blocks=spec.num_blocks)
+    is_at_sigma_max = single_file and not spec.is_exact and model.family != "masked"
+    for block in range(1 if spec.is_exact or is_at_sigma_max else spec.num_blocks):
+        for number, shape in enumerate(LANGUAGE_SHAPES):
+            case = len(LANGUAGE_SHAPES) * block + number
+            draws = uniform(_stream(_TOKENS, case), 0, *shape)
+            inputs: dict[str, NDArray[Any]] = {"input_ids": (draws * model.vocab_size).astype(np.int64)}
+            uniforms = uniform(_stream(_SIGMA, case), 0, shape[0])[:, 0]
+            eps = normal(_stream(_STATE, case), 0, shape[0], shape[1] * model.width).reshape(*shape, model.width)
+            if model.family == "masked":
+                low, high = masking_band(spec.num_blocks, block)
+                t = low + (high - low) * (uniforms[:1] if single_file else uniforms).repeat(
+                    shape[0] if single_file else 1
+                )
+                is_masked = uniform(_stream(_IMAGES, case), 0, *shape) < t[:, None]
+                inputs["input_ids"] = np.where(is_masked, model.vocab_size, inputs["input_ids"])
+                inputs["t"] = t.astype(np.float32)
+            elif spec.is_exact:
+                inputs |= {"state": eps} if model.family == "recurrent" else {}
+            elif is_at_sigma_max:
+                sigma = np.full(shape[0], schedule.sigma_max, np.float32)
+                inputs |= {"z": np.zeros_like(eps), "sigma": sigma}
+            else:
+                sigma = np.array(schedule.draw(block, uniforms.tolist()), np.float32)
+                row = normal(_stream(_ROW, case), 0, shape[0], shape[1] * model.width).reshape(eps.shape)
+                row /= np.linalg.norm(row, axis=-1, keepdims=True)
+                inputs |= {"z": row + sigma[:, None, None] * eps, "sigma": sigma}
+            yield block, 0 if single_file else block, inputs
+
+
+def text_outputs(spec: Spec, single_file: bool) -> tuple[str, ...]:
+    """The names of what is compared of it."""
+    denoises = not (single_file or spec.is_exact or spec.model.family == "masked")
+    return ("logits", "denoised") if denoises else ("logits",)
 
 
 def outputs(spec: Spec, single_file: bool) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from devices.meter import usage
 from edgetrain.noise import euler_coefficients
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, Spec
+from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec
 from edgetrain.stages import Stage, stages_of_block
 from edgetrain.store import disk
 from exporters import parity
@@ -150,9 +150,12 @@ def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: 
     """
     digest = session.store.digest()
     outputs = io.BytesIO()
-    if isinstance(session.spec.model, LanguageModelSpec):
+    if isinstance(session.spec.model, (LanguageModelSpec, TextModelSpec)):
         with parity.memory_errors(budget_bytes):
-            _language(session, outputs, budget_bytes)
+            if isinstance(session.spec.model, LanguageModelSpec):
+                _language(session, outputs, budget_bytes)
+            else:
+                _text(session, single_file, outputs, budget_bytes)
             disk.write_fully(descriptor, outputs.getbuffer(), 0)
         parity.check_peak(usage().peak_bytes, budget_bytes)
         return parity.Reference(descriptor, digest, usage().peak_bytes)
@@ -191,6 +194,20 @@ def _language(session: Session, outputs: io.BytesIO, budget_bytes: int | None) -
     parity.limit_memory(budget_bytes)
     for tokens in parity.language_cases(session.spec):
         np.save(outputs, model.logits(tokens))
+
+
+def _text(session: Session, single_file: bool, outputs: io.BytesIO, budget_bytes: int | None) -> None:
+    """Of a language model that was trained from the beginning, one block in memory at a time."""
+    import devices
+    from edgetrain.text_sampling import TextModel
+
+    model = TextModel(session, devices.open_device("cpu"), 1)
+    model.warm_up()
+    parity.limit_memory(budget_bytes)
+    for block, _, inputs in parity.text_cases(session.spec, single_file):
+        computed = model.outputs(block, inputs)
+        for name in parity.text_outputs(session.spec, single_file):
+            np.save(outputs, computed[name])
 
 
 def _warm_up(spec: Spec) -> None:

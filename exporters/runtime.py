@@ -20,14 +20,13 @@ from edgetrain.noise import euler_coefficients
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.store import disk
 from edgetrain.store.slot import read_header
-from exporters.manifest import MODEL, WEIGHTS, Manifest, block_file
+from exporters.manifest import CODEBOOK, MODEL, WEIGHTS, Manifest, block_file
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Floats = NDArray[np.float32]
 
-_CODEBOOK = "codebook.rows"
 _TINY = np.float32(1e-12)
 _OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory")
 
@@ -116,7 +115,8 @@ class Predictor:
         schedule = self.manifest.schedule
         grid = schedule.grid(num_steps)
         next_sigmas = [sigma for sigma, _ in grid[1:]] + [0.0]
-        codebook = self._codebook() if hard else None
+        shape = (self.manifest.num_classes, self.manifest.width)
+        codebook = unit_rows(self._folder, shape) if hard else None
         states = [np.float32(math.sqrt(1 + schedule.sigma_max**2)) * one for one in noise]
         first: list[Floats] = []
         logits: list[Floats] = []
@@ -148,22 +148,28 @@ class Predictor:
             raise BadInput(f"{self._folder / file} does not compute what the manifest says")
         return outputs
 
-    def _codebook(self) -> Floats:
-        """Unit rows (classes, width)."""
-        path, shape = self._folder / WEIGHTS, (self.manifest.num_classes, self.manifest.width)
-        try:
-            header = read_header(path)
-            entry = header.tensors.get(_CODEBOOK)
-            if entry is None or (entry.dtype, entry.shape) != ("F32", shape):
-                raise BadInput(f"{path} has no {_CODEBOOK} of shape {shape}")
-            with path.open("rb") as file, disk.disk_errors(path):
-                rows = np.fromfile(
-                    file, np.float32, entry.end // 4 - entry.begin // 4, offset=header.data_start + entry.begin
-                )
-        except EdgetrainError as error:
-            raise BadInput(error.message, "Export the session again.") from error
-        rows = rows.reshape(shape)
-        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
+
+def unit_rows(folder: Path, shape: tuple[int, int]) -> Floats:
+    """The codebook of an export, its rows of length 1.
+
+    Raises:
+        BadInput: there is none of that shape.
+    """
+    path = folder / WEIGHTS
+    try:
+        header = read_header(path)
+        entry = header.tensors.get(CODEBOOK)
+        if entry is None or (entry.dtype, entry.shape) != ("F32", shape):
+            raise BadInput(f"{path} has no {CODEBOOK} of shape {shape}")
+        with path.open("rb") as file, disk.disk_errors(path):
+            rows = np.fromfile(
+                file, np.float32, entry.end // 4 - entry.begin // 4, offset=header.data_start + entry.begin
+            )
+    except EdgetrainError as error:
+        raise BadInput(error.message, "Export the session again.") from error
+    rows = rows.reshape(shape)
+    found: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
+    return found
 
 
 def open_model(path: Path, num_threads: int) -> InferenceSession:

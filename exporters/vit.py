@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from edgetrain.noise import euler_coefficients, time_frequencies
+from edgetrain.noise import euler_coefficients
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
 from exporters.graph import Graph
+from exporters.noised import NoisedRows, clean_condition, embedded_noise, silu
 
 _EPS = 1e-6  # of layer norm
-_TINY = 1e-12  # of torch's normalize
 
 Shapes = Mapping[str, Sequence[int]]
 """{STAGE.TENSOR: shape}"""
@@ -78,13 +78,6 @@ class Transformer:
         self.spec = spec
         self.stem, *self.layers, self.head = stages
 
-    def noise(self, sigma: str) -> tuple[str, str, str]:
-        """sigma (m,) -> sigma, sigma^2 + sigma_data^2 and its root, each (m, 1)."""
-        g = self.graph
-        sigma = g.op("Unsqueeze", sigma, g.ints(1))
-        norm = g.op("Add", g.op("Mul", sigma, sigma), g.floats(self.spec.sigma_data**2))
-        return sigma, norm, g.op("Sqrt", norm)
-
     def _clean_tokens(self, images: str) -> str:
         """(n, C, H, W) -> (n, patches, width)."""
         g, p = self.graph, self.spec.image_model.patch
@@ -94,15 +87,6 @@ class Transformer:
         patches = g.reshape(patches, -1, self.spec.image_model.num_patches, channels * p * p)
         tokens = g.linear(patches, f"{self.stem}.patches", self.spec.image_model.num_patches)
         return g.op("Add", tokens, g.weight(f"{self.stem}.positions"))
-
-    def _embedded_noise(self, sigma: str) -> str:
-        """sigma (m, 1) -> (m, width)."""
-        g = self.graph
-        c_noise = g.op("Div", g.op("Log", sigma), g.floats(4.0))
-        angles = g.op("Mul", c_noise, g.floats(time_frequencies(), "time_frequencies"))
-        features = g.op("Concat", g.op("Sin", angles), g.op("Cos", angles), axis=1)
-        hidden = self._silu(g.linear(features, f"{self.stem}.time_in"))
-        return g.linear(hidden, f"{self.stem}.time_out")
 
     def _layer(
         self, layer: str, x: str, tokens: int, condition: str, seen: KeyValue | None = None
@@ -129,18 +113,6 @@ class Transformer:
             hidden = g.linear(g.op("Gelu", hidden, approximate="tanh"), f"{layer}.down", tokens)
             return g.op("Add", x, g.op("Mul", gate2, hidden)), own
 
-    def _preconditioned(self, output: str, z: str, sigma: str, norm: str, root: str) -> str:
-        """D = c_skip z + c_out F."""
-        g, sigma_data = self.graph, self.spec.sigma_data
-        c_skip = g.op("Div", g.floats(sigma_data**2), norm)
-        c_out = g.op("Div", g.op("Mul", sigma, g.floats(sigma_data)), root)
-        return g.op("Add", g.op("Mul", c_skip, z), g.op("Mul", c_out, output))
-
-    def _clean_condition(self) -> str:
-        """The learned constant in place of a condition, (1, width)."""
-        g = self.graph
-        return g.op("Unsqueeze", self._silu(g.weight(f"{self.stem}.clean_condition")), g.ints(0))
-
     def _logits(self, output: str, condition: str) -> str:
         """(n, width) -> (n, classes)."""
         g = self.graph
@@ -155,9 +127,6 @@ class Transformer:
         normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=_EPS)
         return g.op("Add", g.op("Mul", normed, g.op("Add", scale, g.floats(1.0))), shift)
 
-    def _silu(self, x: str) -> str:
-        return self.graph.op("Mul", x, self.graph.op("Sigmoid", x))
-
 
 class _Block(Transformer):
     """Adds one block to a graph."""
@@ -169,32 +138,20 @@ class _Block(Transformer):
     def run(self, images: str, z: str, sigma: str) -> tuple[str, str]:
         """images (n, C, H, W), z (n, width), sigma (m,) -> logits (n, classes), denoised (n, width)."""
         g = self.graph
-        method = self.spec.diffusion_blocks
-        is_discrete = method.preconditioning == "discrete"
-        sigma, norm, root = self.noise(sigma)
-        rows = self._rows()
-        if is_discrete:
-            evidence = self._evidence(rows, z, sigma)
-            entering = g.op("Mul", self._mean_row(rows, evidence), g.floats(self.spec.image_model.width**0.5))
-        else:
-            entering = g.op("Div", z, root)  # c_in * z
+        noised = NoisedRows(g, self.spec, z, sigma, 2, self.codebook)
         with g.scope(self.stem):
-            noisy = g.linear(entering, f"{self.stem}.noisy")
+            noisy = g.linear(noised.entering(), f"{self.stem}.noisy")
             noisy = g.op("Unsqueeze", noisy, g.ints(1))  # (n, 1, width)
-            condition = self._silu(self._embedded_noise(sigma))  # (m, width)
+            condition = silu(g, embedded_noise(g, self.stem, noised.c_noise))  # (m, width)
             clean = self._clean_tokens(images)  # (n, patches, width)
-        if method.streams == 1:
+        if self.spec.diffusion_blocks.streams == 1:
             output = self._one_stream(g.op("Concat", noisy, clean, axis=1), condition)
         else:
             output = self._two_streams(clean, noisy, condition)
         output = g.op("Gather", output, g.ints(0), axis=1)
         output = g.reshape(output, -1, self.spec.image_model.width)  # F, (n, width)
-        if method.skip and not is_discrete:
-            output = self._preconditioned(output, z, sigma, norm, root)
-        logits = self._logits(output, condition)
-        if method.skip and is_discrete:
-            logits = g.op("Add", logits, evidence)
-        return logits, self._mean_row(rows, logits)
+        logits = noised.with_evidence(self._logits(noised.read(output), condition))
+        return logits, noised.mean(logits)
 
     def _one_stream(self, tokens: str, condition: str) -> str:
         for layer in self.layers:
@@ -205,34 +162,13 @@ class _Block(Transformer):
         """What no output needs, the rest of the clean stream after the last keys and values, the graph drops."""
         g = self.graph
         with g.scope(self.stem):
-            constant = self._clean_condition()
+            constant = clean_condition(g, self.stem)
         for layer in self.layers:
             with g.scope("clean"):
                 clean, seen = self._layer(layer, clean, self.spec.image_model.num_patches, constant)
             with g.scope("noisy"):
                 noisy, _ = self._layer(layer, noisy, 1, condition, seen)
         return noisy
-
-    def _rows(self) -> str:
-        """The unit codebook rows, (classes, width)."""
-        g = self.graph
-        with g.scope(self.codebook):
-            rows = g.weight(f"{self.codebook}.rows")
-            length = g.op("Max", g.op("ReduceL2", rows, g.ints(1), keepdims=1), g.floats(_TINY))
-            return g.op("Div", rows, length)
-
-    def _evidence(self, rows: str, z: str, sigma: str) -> str:
-        """log p(z | row) up to a constant, (n, classes)."""
-        g = self.graph
-        with g.scope(self.codebook):
-            like = g.op("MatMul", z, g.op("Transpose", rows, perm=[1, 0]))
-            return g.op("Div", like, g.op("Mul", sigma, sigma))
-
-    def _mean_row(self, rows: str, logits: str) -> str:
-        """The mean of the rows under the softmax of the logits, (n, width)."""
-        g = self.graph
-        with g.scope(self.codebook):
-            return g.op("MatMul", g.op("Softmax", logits, axis=1), rows)
 
 
 class _Classifier(Transformer):
@@ -244,7 +180,7 @@ class _Classifier(Transformer):
     def run(self, images: str) -> str:
         g, width, tokens = self.graph, self.spec.image_model.width, 1 + self.spec.image_model.num_patches
         with g.scope(self.stem):
-            condition = self._clean_condition()
+            condition = clean_condition(g, self.stem)
             patches = self._clean_tokens(images)
             token = g.reshape(g.weight(f"{self.stem}.token"), 1, 1, width)
             count = g.op("Concat", g.op("Shape", images, start=0, end=1), g.ints(1, width), axis=0)

@@ -74,6 +74,23 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
     assert made["tokens"] == (10 if family == "masked" else 5) or made["finish"] == "stop"
     assert made["peak_bytes"] <= made["budget_bytes"]
     assert made["text"].startswith("In the" if family == "masked" else "")
+    # Likeliest tokens: among drawn ones, logits that are nearly equal after four steps change places by their rounding.
+    likeliest = ("--prompt", prompt, "--max-tokens", 5, *threads)
+    made = run("generate", session, *likeliest)
+    for single_file in (False, True):
+        exported = tmp_path / f"x{single_file}"
+        more = ["--single-file"] if single_file else []
+        rows = run("export", session, "--to", exported, *more)["parity"]
+        assert all(row["passed"] and row["batch_sizes"] == [1, 3] * (len(row["batch_sizes"]) // 2) for row in rows)
+        written = run("generate", exported, *likeliest, "--memory-budget", "450MiB")
+        assert written["peak_bytes"] < 120 << 20, "torch was imported"
+        if not single_file or objective == "exact" or family == "masked":
+            assert written["text"] == made["text"]
+    # By blocks a single graph begins at z = 0, where nothing is drawn.
+    takes_steps = family == "masked" or objective == "exact"
+    said = run("generate", exported, *likeliest, "--steps", 2, exit_code=0 if takes_steps else 2)
+    assert takes_steps or "takes no steps" in said["message"]
+    run("predict", exported, "--data", text, exit_code=7)
 
 
 def test_a_text_that_is_filled_in_at_once_ends_where_it_says_so() -> None:

@@ -118,6 +118,24 @@ def test_a_masked_model_sees_both_sides() -> None:
             assert (logits(other) - before).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("reach", [0, 1, 2])
+def test_the_stem_of_a_masked_model_sees_so_many_neighbours(reach: int) -> None:
+    """On both sides, in their order, and nothing beyond the ends."""
+    stem = random_block(small("masked", model__neighbours=reach)).stem
+    tokens, t = torch.arange(LENGTH)[None] % VOCABULARY, torch.tensor([0.5])
+    before = stem(tokens, t).carried["tokens"]
+    for place in (0, 5, LENGTH - 1):
+        changed = tokens.clone()
+        changed[0, place] = VOCABULARY
+        moved = (stem(changed, t).carried["tokens"] - before)[0].abs().amax(-1)
+        near = {i for i in range(LENGTH) if abs(i - place) <= reach}
+        assert set(moved.nonzero().flatten().tolist()) == near
+    if reach:
+        swapped = tokens.clone()
+        swapped[0, [4, 6]] = tokens[0, [6, 4]]
+        assert (stem(swapped, t).carried["tokens"] - before)[0, 5].abs().max() > 1e-3
+
+
 def test_at_sigma_max_the_target_is_not_in_z() -> None:
     """Of the preset paper, sigma 80: logits hardly move when y does; at sigma_min they do."""
     spec = small("ar", diffusion_blocks__preset="paper")

@@ -249,7 +249,7 @@ def _text_model(
             {"metric": "bits_per_token", "readout": cost.readout, "value": cost.bits, "error": _finite(cost.bits_error),
              "nats": cost.nats, "is_bound": cost.is_bound, "split": part}
             | ({"loops": number or euler_steps} if spec.model.family == "recurrent" else {})
-            for cost in costs if cost.readout != "sigma_max" or number in (None, 1)
+            for cost in costs if not cost.readout.startswith("sigma_max") or number in (None, 1)
         ]  # fmt: skip
         del model  # before the next one takes buffers of its own
     num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)

@@ -73,12 +73,16 @@ def command(
 
 def _checked_format(spec: Spec, kind: str | None) -> str:
     """The format of the export; UsageError if the model has none, or not that one."""
-    from edgetrain.spec import LanguageModelSpec, ModelSpec
+    from edgetrain.spec import LanguageModelSpec, StackSpec
 
-    if isinstance(spec.model, ModelSpec) and kind == "hf":
-        raise UsageError("hf is a format of language models, and the session has a classifier", "Use --format onnx.")
-    if not isinstance(spec.model, (LanguageModelSpec, ModelSpec)):
-        raise UsageError(f"there is no export of a model of the family {spec.model.family!r} for now")
+    if isinstance(spec.model, StackSpec):
+        raise UsageError("there is no export of a model of your own for now")
+    if kind == "hf" and not isinstance(spec.model, LanguageModelSpec):
+        raise UsageError(
+            f"hf is a format of pretrained language models, and the session has a model of the family "
+            f"{spec.model.family!r}",
+            "Use --format onnx.",
+        )
     return kind or "onnx"
 
 

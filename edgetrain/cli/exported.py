@@ -24,6 +24,13 @@ def makes_images(folder: Path) -> bool:
     return isinstance(found, Manifest) and found.family == "dit"
 
 
+def is_trained_from_the_beginning(folder: Path) -> bool:
+    """Whether there is an export of such a language model."""
+    from exporters.manifest import TextManifest, read
+
+    return is_exported(folder) and isinstance(read(folder), TextManifest)
+
+
 def write(
     folder: Path,
     prompt: str,

@@ -99,7 +99,7 @@ def command(
       edgetrain generate my-masked --prompt "In the [MASK:9] God created"
     """
     options.check_device(device)
-    from edgetrain.cli.exported import is_exported, makes_images
+    from edgetrain.cli.exported import is_exported, is_trained_from_the_beginning, makes_images
     from edgetrain.cli.exported import write as write_exported
     from edgetrain.spec import ModelSpec, TextModelSpec
 
@@ -125,6 +125,13 @@ def command(
             raise UsageError("--chat is there for pretrained models with a chat template", "Leave it out.")
 
         write(writer, prompt, (temperature, top_p, seed), max_tokens, steps, budget, device, threads, as_json)
+        return
+    if is_trained_from_the_beginning(model):
+        from edgetrain.cli.texts import write_exported as write_text
+
+        if chat:
+            raise UsageError("--chat is there for pretrained models with a chat template", "Leave it out.")
+        write_text(model, prompt, (temperature, top_p, seed), max_tokens, steps, budget, threads, as_json)
         return
     if is_exported(model):
         write_exported(model, prompt, chat, (temperature, top_p, seed), max_tokens, budget, threads, as_json)

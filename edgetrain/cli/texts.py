@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from edgetrain.generation import Sampling, Text
     from edgetrain.session import Session
-    from edgetrain.text_sampling import TextModel
 
 _MASK = re.compile(r"\[MASK(?::(\d+))?\]")
 _MOST_MASKED = 1 << 16
@@ -42,43 +42,125 @@ def write(
     from edgetrain import generation
 
     spec, budget = session.spec, options.saved_budget(session, budget)
-    vocab_size = spec.text_model.vocab_size
-    text = generation.Text(session.model_files, vocab_size)
-    is_masked = spec.model.family == "masked"
-    tokens = _masked(text, prompt, max_tokens, vocab_size) if is_masked else _encoded(text, prompt)
-    if not len(tokens):
-        raise UsageError("the prompt has no tokens", "Give a word to begin with: --prompt Once")
-    ends = generation.end_tokens(session.model_files, text)
-    total, trained_length = len(tokens) + (0 if is_masked else max_tokens), spec.text.length
-    if total > trained_length:
-        click.echo(f"{total} tokens are more than the {trained_length} that the model was trained on", err=True)
+    asked = _Asked(
+        session.model_files, prompt, max_tokens, spec.text_model.vocab_size, spec.model.family == "masked",
+        spec.text.length,
+    )  # fmt: skip
     return_freed_memory()
     options.start_torch(threads)
     import devices
-    from devices import meter
     from edgetrain.text_sampling import TextModel
 
     model = TextModel(session, devices.open_device(device), 1, steps if spec.is_exact else None)
     model.warm_up()
-    how = generation.Sampling(*sampling)
+    how, seed = generation.Sampling(*sampling), sampling[2]
     with model.within(budget, "generating text"):
         began = time.perf_counter()
-        if is_masked:
-            num_masked = int((tokens == vocab_size).sum())
-            made = model.unmask(tokens, steps or num_masked, how).tolist()
-            finish, num_tokens = "filled", num_masked
-            if not _MASK.search(prompt):
-                made, finish = until_end(made, len(tokens) - max_tokens, ends)
+        if asked.is_masked:
+            made, finish, num_tokens = asked.filled(lambda tokens: model.unmask(tokens, steps or asked.num_masked, how))
         else:
-            made = list(_after(model, tokens, max_tokens, ends, how, steps))
-            finish, num_tokens = "stop" if made[-1] in ends else "length", len(made)
-        written = text.decode(made)
+            # One step gives the distribution of the next token; a longer chain draws from it by its own noise.
+            made, finish, num_tokens = asked.followed(model.context(steps or 1, seed).read, how)
         seconds = time.perf_counter() - began
-    value: dict[str, Any] = {
-        "text": written, "tokens": num_tokens, "finish": finish, "tokens_per_s": num_tokens / seconds,
-        "peak_bytes": meter.usage().peak_bytes, "budget_bytes": budget,
-    }  # fmt: skip
-    options.emit(value, as_json, lambda: written)
+    asked.emit(made, finish, num_tokens, seconds, budget, as_json)
+
+
+def write_exported(
+    folder: Path,
+    prompt: str,
+    sampling: tuple[float, float, int],
+    max_tokens: int,
+    steps: int | None,
+    budget: int | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """As ``write``, for an export: onnxruntime alone, no torch."""
+    from devices.limits import prepare_process, return_freed_memory
+
+    prepare_process(threads)
+    from edgetrain import generation
+    from exporters.text_runtime import TextContext, TextRunner
+
+    runner = TextRunner(folder, threads, budget_bytes=budget)
+    manifest = runner.manifest
+    asked = _Asked(folder, prompt, max_tokens, manifest.vocab_size, manifest.family == "masked", manifest.length)
+    if steps and manifest.single_file and not (asked.is_masked or manifest.whole):
+        raise UsageError(
+            f"the one graph in {folder} takes no steps", "Leave --steps out, or export without --single-file."
+        )
+    return_freed_memory()
+    if budget is not None and not runner.fits(budget):
+        runner = TextRunner(folder, threads, keeps=False, budget_bytes=budget)
+    how = generation.Sampling(*sampling)
+    began = time.perf_counter()
+    if asked.is_masked:
+
+        def unmask(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+            number = steps or asked.num_masked
+            return generation.unmask(runner.unmasking_logits, tokens, manifest.vocab_size, number, how)
+
+        made, finish, num_tokens = asked.filled(unmask)
+    else:
+        context = TextContext(runner, steps or 1, how.seed, steps)
+        made, finish, num_tokens = asked.followed(context.read, how)
+    asked.emit(made, finish, num_tokens, time.perf_counter() - began, budget, as_json)
+
+
+class _Asked:
+    """A prompt, its tokens, and what is made of it.
+
+    Raises:
+        UsageError: the prompt has no tokens.
+    """
+
+    def __init__(
+        self, folder: Path, prompt: str, max_tokens: int, vocab_size: int, is_masked: bool, trained_length: int
+    ) -> None:
+        from edgetrain import generation
+
+        self._text = generation.Text(folder, vocab_size)
+        self._prompt, self._max_tokens, self.is_masked = prompt, max_tokens, is_masked
+        self._tokens = (
+            _masked(self._text, prompt, max_tokens, vocab_size) if is_masked else _encoded(self._text, prompt)
+        )
+        if not len(self._tokens):
+            raise UsageError("the prompt has no tokens", "Give a word to begin with: --prompt Once")
+        self.num_masked = int((self._tokens == vocab_size).sum())
+        self._ends = generation.end_tokens(folder, self._text)
+        total = len(self._tokens) + (0 if is_masked else max_tokens)
+        if total > trained_length:
+            click.echo(f"{total} tokens are more than the {trained_length} that the model was trained on", err=True)
+
+    def filled(self, unmask: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> tuple[list[int], str, int]:
+        """The tokens of a text without masks, why it finished, and how many were filled in."""
+        made: list[int] = unmask(self._tokens).tolist()
+        finish = "filled"
+        if not _MASK.search(self._prompt):
+            made, finish = until_end(made, len(self._tokens) - self._max_tokens, self._ends)
+        return made, finish, self.num_masked
+
+    def followed(
+        self, read: Callable[[NDArray[np.int64]], NDArray[np.float32]], sampling: Sampling
+    ) -> tuple[list[int], str, int]:
+        """The tokens that follow, why they finished, and their number."""
+        from edgetrain.generation import generate
+
+        made = list(generate(read, self._tokens, self._max_tokens, self._ends, sampling))
+        return made, "stop" if made[-1] in self._ends else "length", len(made)
+
+    def emit(
+        self, made: list[int], finish: str, num_tokens: int, seconds: float, budget: int | None, as_json: bool
+    ) -> None:
+        """Prints the text."""
+        from devices import meter
+
+        written = self._text.decode(made)
+        value: dict[str, Any] = {
+            "text": written, "tokens": num_tokens, "finish": finish, "tokens_per_s": num_tokens / seconds,
+            "peak_bytes": meter.usage().peak_bytes, "budget_bytes": budget,
+        }  # fmt: skip
+        options.emit(value, as_json, lambda: written)
 
 
 def until_end(tokens: list[int], first: int, ends: frozenset[int]) -> tuple[list[int], str]:
@@ -87,21 +169,6 @@ def until_end(tokens: list[int], first: int, ends: frozenset[int]) -> tuple[list
         if tokens[i] in ends:
             return tokens[: i + 1], "stop"
     return tokens, "length"
-
-
-def _after(
-    model: TextModel,
-    tokens: NDArray[np.int64],
-    max_tokens: int,
-    ends: frozenset[int],
-    sampling: Sampling,
-    steps: int | None,
-) -> Iterator[int]:
-    from edgetrain.generation import generate
-
-    # One step gives the distribution of the next token; a longer chain draws from it by its own noise.
-    context = model.context(steps or 1, sampling.seed)
-    return generate(context.read, tokens, max_tokens, ends, sampling)
 
 
 def _encoded(text: Text, prompt: str) -> NDArray[np.int64]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -35,15 +37,29 @@ class Layer(TokenLayer):
 
 
 class Stem(TextStem):
-    """The last row of the embedding is that of a masked token."""
+    """The last row of the embedding is that of a masked token. With ``neighbours`` a token is also given a linear map
+    of the embeddings of so many tokens on each side of it, nothing beyond the ends: what pairs of tokens say needs no
+    layer then."""
 
     def __init__(self, model: TextModelSpec) -> None:
         super().__init__(model, num_tokens=model.vocab_size + 1, is_timed=True, has_constant=False)
+        self.neighbours = model.neighbours
+        if model.neighbours:
+            self.beside = nn.Linear(2 * model.neighbours * model.width, model.width, bias=False)
 
     def forward(self, tokens: Tensor, t: Tensor) -> Boundary:
         """tokens (n, length), some of them ``vocab_size``; t (n,)."""
+        embedded = self.embedded(tokens)
+        if self.neighbours:
+            embedded = embedded + self.beside(self._around(embedded))
         c_noise = _TIME_SCALE * (2 * t - 1)
-        return Boundary({"tokens": self.embedded(tokens)}, {"condition": self.condition(c_noise)})
+        return Boundary({"tokens": embedded}, {"condition": self.condition(c_noise)})
+
+    def _around(self, embedded: Tensor) -> Tensor:
+        """(n, length, width) -> (n, length, 2 neighbours width), 0 beyond the ends."""
+        reach, length = self.neighbours, embedded.shape[1]
+        padded = F.pad(embedded, (0, 0, reach, reach))
+        return torch.cat([padded[:, i : i + length] for i in range(2 * reach + 1) if i != reach], -1)
 
 
 class Masked(TextFamily):

@@ -466,7 +466,7 @@ def test_options_that_do_not_fit(lora, tmp_path):
 def test_a_model_of_ones_own_has_no_format():
     spec = Spec(data=StackDataSpec(), model=StackSpec(), train=TrainSpec(objective="exact"))
     for kind in (None, "hf", "onnx"):
-        with pytest.raises(UsageError, match="no export of a model of the family 'stack'"):
+        with pytest.raises(UsageError, match="no export of a model of your own"):
             _checked_format(spec, kind)
 
 

@@ -182,7 +182,7 @@ def test_parity_is_written_and_failing_leaves_nothing(with_reference, monkeypatc
     assert all(row["passed"] and row["batch_sizes"] == [1, 3] for row in rows)
     assert json.loads((to / parity.PARITY).read_text())["outputs"] == rows
 
-    monkeypatch.setattr(emitter.language._Model, "_rotated", lambda self, x: x)
+    monkeypatch.setattr(emitter.language._Model, "rotated", lambda self, x: x)
     other = to.with_name("other")
     with pytest.raises(ParityFailed, match="differs"), stage(session, other, False) as staged:
         parity.check(session.path, staged.folder, made, None)

@@ -1,0 +1,193 @@
+"""Runs an exported language model that was trained from the beginning, with onnxruntime alone: no torch.
+
+A graph is open at a time where memory is short. What is drawn is what the session draws for an equal seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from devices import meter
+from edgetrain.errors import BadInput, BudgetBroken
+from edgetrain.noise import euler_coefficients, masking_block
+from edgetrain.randomness import Purpose, Stream, normal
+from edgetrain.units import MIB, format_bytes
+from exporters.manifest import MODEL_DATA, WEIGHTS, TextManifest
+from exporters.runtime import Floats, model_errors, open_model, unit_rows
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+Tokens = NDArray[np.int64]
+
+_ROOM_BYTES = 64 * MIB
+"""What onnxruntime takes for itself and for a graph that runs."""
+
+
+class TextRunner:
+    """An export, opened.
+
+    Args:
+        keeps: whether graphs stay open, their weights mapped; else one is at a time.
+        budget_bytes: checked after each run.
+
+    Raises:
+        BadInput: the folder is no export of such a model, or a damaged one.
+    """
+
+    def __init__(self, folder: Path, num_threads: int = 1, keeps: bool = True, budget_bytes: int | None = None) -> None:
+        self.manifest = TextManifest.read(folder)
+        self._folder, self._num_threads, self._keeps = folder, num_threads, keeps
+        self._budget_bytes = budget_bytes
+        self._open: dict[str, InferenceSession] = {}
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of all weights, which are mapped as far as graphs are open."""
+        return self.manifest.files[MODEL_DATA if self.manifest.single_file else WEIGHTS].bytes
+
+    def fits(self, budget_bytes: int) -> bool:
+        """Whether all graphs may stay open."""
+        return meter.usage().resident_bytes + self.weights_bytes + _ROOM_BYTES <= budget_bytes
+
+    def run(self, block: int, given: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
+        """All outputs of a block's graph, by name; the inputs that it has no use for are left out.
+
+        Raises:
+            BadInput: it does not compute what the manifest says.
+            BudgetBroken: it took more than the budget.
+        """
+        file = self.manifest.graphs[block]
+        if file not in self._open and not self._keeps:
+            self._open.clear()  # before the next one is loaded
+        model = self._open.get(file) or open_model(self._folder / file, self._num_threads)
+        self._open[file] = model
+        names = [one.name for one in model.get_outputs()]
+        wanted = {one.name for one in model.get_inputs()}
+        with model_errors(self._folder / file):
+            outputs = model.run(names, {name: array for name, array in given.items() if name in wanted})
+            found = dict(zip(names, outputs, strict=True))
+        logits = found.get("logits")
+        if logits is None or logits.shape != (*given["input_ids"].shape, self.manifest.vocab_size):
+            raise BadInput(f"{self._folder / file} does not compute what the manifest says")
+        peak = meter.usage().peak_bytes
+        if self._budget_bytes is not None and peak > self._budget_bytes:
+            raise BudgetBroken(
+                f"running the model took {format_bytes(peak)}, more than the budget of "
+                f"{format_bytes(self._budget_bytes)}",
+                "Give a larger budget.",
+            )
+        return found
+
+    def empty(self, block: int, n: int) -> dict[str, Floats]:
+        """The past of a text that begins, by the names of the inputs."""
+        shape = (n, self.manifest.heads, 0, self.manifest.head_dim)
+        layers = range(self.manifest.layers[block])
+        return {f"past_key_values.{i}.{kind}": np.empty(shape, np.float32) for i in layers for kind in ("key", "value")}
+
+    def read(
+        self, block: int, tokens: Tokens, past: Mapping[str, Floats], more: Mapping[str, NDArray[Any]]
+    ) -> tuple[dict[str, Floats], dict[str, Floats]]:
+        """Reads tokens (n, length) after a past, by a graph that has one: its outputs, and the past with these."""
+        n, length = tokens.shape
+        before = next(iter(past.values())).shape[2]
+        mask = np.ones((n, before + length), np.int64)
+        positions = np.broadcast_to(np.arange(before, before + length), (n, length))
+        outputs = self.run(
+            block, {"input_ids": tokens, "attention_mask": mask, "position_ids": positions, **past, **more}
+        )
+        return outputs, {name: outputs[name.replace("past_key_values", "present")] for name in past}
+
+    def unmasking_logits(self, tokens: Tokens, t: float) -> Floats:
+        """Of masked tokens (n, length) by the block that owns t, (n, length, vocab_size)."""
+        manifest = self.manifest
+        block = 0 if manifest.single_file else masking_block(manifest.schedule.num_blocks, t)
+        ts = np.full(1 if manifest.single_file else len(tokens), t, np.float32)
+        return self.run(block, {"input_ids": tokens, "t": ts})["logits"]
+
+    def rows(self) -> Floats:
+        """Of the codebook, (vocab_size, width), of unit length."""
+        return unit_rows(self._folder, (self.manifest.vocab_size, self.manifest.width))
+
+
+class TextContext:
+    """What an exported next-token model has read of one text; each token takes ``num_steps`` Euler steps.
+
+    ``loops``: how often the core of a recurrent model that was trained as a whole runs; None: as in training.
+    """
+
+    def __init__(self, runner: TextRunner, num_steps: int, seed: int, loops: int | None = None) -> None:
+        self._runner, self._num_steps, self._seed = runner, num_steps, seed
+        self._manifest = runner.manifest
+        self._loops = loops or self._manifest.loops
+        self._tokens = np.empty(0, np.int64)
+        self._pasts: dict[int, dict[str, Floats]] = {}
+        self._is_cached = sum(self._manifest.layers) > 0
+        needs_rows = not (self._manifest.whole or self._manifest.single_file) and not self._has_two_streams
+        self._rows = runner.rows() if needs_rows else None
+
+    @property
+    def _has_two_streams(self) -> bool:
+        return self._is_cached and self._manifest.streams == 2
+
+    def read(self, tokens: Tokens) -> Floats:
+        """Reads on, ``tokens`` (length,); the logits (vocab_size,) of what comes next."""
+        self._tokens = np.concatenate([self._tokens, tokens])
+        is_one = self._manifest.whole or self._manifest.single_file
+        last: Floats = (self._whole(tokens) if is_one else self._chain(tokens))[0, -1]
+        return last
+
+    def _whole(self, tokens: Tokens) -> Floats:
+        if self._is_cached:
+            past = self._pasts.get(0) or self._runner.empty(0, 1)
+            outputs, self._pasts[0] = self._runner.read(0, tokens[None], past, {})
+            return outputs["logits"]
+        given: dict[str, NDArray[Any]] = {"input_ids": self._tokens[None]}
+        if self._manifest.whole:
+            state = normal(
+                Stream(self._manifest.seed, Purpose.EVALUATION_NOISE), 0, 1, len(self._tokens) * self._manifest.width
+            )
+            given["state"] = state.reshape(1, len(self._tokens), self._manifest.width)
+            given["loops"] = np.array(self._loops, np.int64)
+        return self._runner.run(0, given)["logits"]
+
+    def _chain(self, tokens: Tokens) -> Floats:
+        """Logits at the chain's end; steps of a block follow each other."""
+        manifest, runner = self._manifest, self._runner
+        grid = [*manifest.schedule.grid(self._num_steps), (0.0, -1)]
+        number, width = len(self._tokens) - 1, manifest.width
+        scale = np.float32((1 + manifest.schedule.sigma_max**2) ** 0.5)
+        state = scale * normal(Stream(self._seed, Purpose.NOISE, 0, number), 0, 1, width).reshape(1, 1, width)
+        outputs: dict[str, Floats] = {}
+        following_pasts: dict[int, dict[str, Floats]] = {}
+        for (sigma, block), (following, _) in itertools.pairwise(grid):
+            sigmas = np.array([sigma], np.float32)
+            if self._has_two_streams:
+                # Only the last noisy token is asked for; none sees another one.
+                z = np.concatenate([np.zeros((1, len(tokens) - 1, width), np.float32), state], 1)
+                past = self._pasts.get(block) or runner.empty(block, 1)
+                outputs, following_pasts[block] = runner.read(block, tokens[None], past, {"z": z, "sigma": sigmas})
+            else:
+                given = {"z": self._with_known(state, sigma), "sigma": sigmas}
+                if self._is_cached:
+                    outputs, _ = runner.read(block, self._tokens[None], runner.empty(block, 1), given)
+                else:
+                    outputs = runner.run(block, {"input_ids": self._tokens[None], **given})
+            a, b = (np.float32(one) for one in euler_coefficients(sigma, following))
+            state = a * state + b * outputs["denoised"][:, -1:]
+        self._pasts |= following_pasts
+        return outputs["logits"]
+
+    def _with_known(self, state: Floats, sigma: float) -> Floats:
+        """Before the last one the rows of tokens that are known, as noisy as in training: (1, tokens, width)."""
+        assert self._rows is not None
+        known = self._rows[self._tokens[1:]]
+        noise = normal(Stream(self._seed, Purpose.EVALUATION_NOISE), 0, len(known), self._manifest.width)
+        whole: Floats = np.concatenate([(known + np.float32(sigma) * noise)[None], state], 1)
+        return whole

@@ -1,0 +1,118 @@
+"""Language models that were trained from the beginning as ONNX: onnxruntime computes what the trainer does."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import devices
+from edgetrain.generation import Sampling, generate, unmask
+from edgetrain.models import build_family, build_network
+from edgetrain.session import Session
+from edgetrain.spec import Spec
+from edgetrain.stages import exact_stages, stages_of_block
+from edgetrain.text_sampling import TextModel
+from edgetrain.vocabulary import put_tokenizer
+from exporters import parity
+from exporters.text_runtime import TextContext, TextRunner
+from tests.exporters.common import export, random_weights
+from tests.text_families import ONE_STREAM, VOCABULARY, small
+
+PAPER = {"diffusion_blocks__preset": "paper"}
+EXACT = {"train__objective": "exact"}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "masked": ("masked", {}),
+    "masked, neighbours": ("masked", {"model__neighbours": 2}),
+    "masked, whole": ("masked", {**EXACT, "model__neighbours": 1}),
+    "ar": ("ar", {}),
+    "ar, paper": ("ar", {**PAPER, "model__previous": False}),
+    "ar, two streams by c_in": ("ar", {**PAPER, "diffusion_blocks__streams": 2}),
+    "ar, one stream": ("ar", ONE_STREAM),
+    "ar, whole": ("ar", EXACT),
+    "recurrent": ("recurrent", {}),
+    "recurrent, paper": ("recurrent", PAPER),
+    "recurrent, whole": ("recurrent", {**EXACT, "model__loops": 3}),
+}
+
+
+def random_session(path: Path, spec: Spec) -> Session:
+    """Every weight random, none of them zero."""
+    made: Any = build_network(spec, None) if spec.is_exact else build_family(spec)
+    stages = exact_stages(spec).stages if spec.is_exact else stages_of_block(spec, 0)
+    kinds = {stage.kind for stage in stages} - {"codebook"}
+    with torch.device("meta"):
+        modules = {kind: made.build(kind) for kind in kinds}
+    shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in modules.items()}
+    shapes["codebook"] = {"rows": [spec.text_model.vocab_size, spec.text_model.width]}
+    return Session.create(path, spec, shapes, random_weights, prepare=lambda: put_tokenizer("bytes", path / "model"))
+
+
+def model_of(session: Session) -> TextModel:
+    return TextModel(session, devices.open_device("cpu"), 4)
+
+
+@pytest.fixture(params=VARIANTS)
+def session(request: pytest.FixtureRequest, tmp_path: Path) -> Session:
+    family, changes = VARIANTS[request.param]
+    return random_session(tmp_path / "s", small(family, **changes))
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_onnxruntime_computes_what_the_trainer_does(session: Session, tmp_path: Path, single_file: bool) -> None:
+    """Both batch sizes and lengths of the comparison; with keys and values also in two parts."""
+    runner = TextRunner(export(session, tmp_path / "x", single_file))
+    model = model_of(session)
+    for block, number, inputs in parity.text_cases(session.spec, single_file):
+        expected = model.outputs(block, inputs)
+        given = dict(inputs)
+        if single_file and "t" in given:
+            given["t"] = given["t"][:1]
+        if "state" in given:
+            given["loops"] = np.array(session.spec.text_model.loops)
+        tokens = given.pop("input_ids")
+        if runner.manifest.layers[number]:
+            found, _ = runner.read(number, tokens, runner.empty(number, len(tokens)), given)
+            assert "present.0.key" in found
+        else:
+            found = runner.run(number, {"input_ids": tokens, **given})
+        for name in parity.text_outputs(session.spec, single_file):
+            atol = 1e-5 * max(1.0, np.abs(expected[name]).max())
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=atol)
+            assert expected[name].std() > 0.01
+
+
+def test_texts_are_those_of_the_session(session: Session, tmp_path: Path) -> None:
+    """By as many steps as there are blocks and by more; a temperature too."""
+    runner = TextRunner(export(session, tmp_path / "x"))
+    model, sampling = model_of(session), Sampling(0.7, 0.9, seed=5)
+    prompt = np.array([3, 1, 4, 1, 5])
+    for steps in (1, 2, 3):
+        if session.spec.model.family == "masked":
+            tokens = np.array([*prompt, *[VOCABULARY] * 6])
+            written = unmask(runner.unmasking_logits, tokens, VOCABULARY, 2 * steps, sampling)
+            expected = model.unmask(tokens, 2 * steps, sampling)
+            assert written.tolist() == expected.tolist() and VOCABULARY not in written
+        else:
+            contexts = (TextContext(runner, steps, 5), model.context(steps, 5))
+            written, expected = (list(generate(one.read, prompt, 6, frozenset(), sampling)) for one in contexts)
+            assert written == expected
+        if session.spec.is_exact:
+            break
+
+
+def test_a_core_runs_as_often_as_is_asked(tmp_path: Path) -> None:
+    spec = small("recurrent", **EXACT, model__loops=2)
+    runner = TextRunner(export(random_session(tmp_path / "s", spec), tmp_path / "x"))
+    tokens, state = np.array([[1, 2, 3]]), np.ones((1, 3, 32), np.float32)
+    by_loops = [
+        runner.run(0, {"input_ids": tokens, "state": state, "loops": np.array(n)})["logits"] for n in (0, 1, 2, 20)
+    ]
+    for number, (a, b) in enumerate(itertools.pairwise(by_loops)):
+        assert np.abs(a - b).max() > 1e-3, number
+    expected = model_of(Session.open(tmp_path / "s")).outputs(0, {"input_ids": tokens, "state": state})["logits"]
+    np.testing.assert_allclose(by_loops[2], expected, rtol=1e-4, atol=1e-4)
