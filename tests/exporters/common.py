@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgetrain.models.vit import ViT
+from edgetrain.models import build_family, build_network
 from edgetrain.recipe import resolve
 from edgetrain.session import Session
-from edgetrain.spec import Spec
-from edgetrain.stages import Stage
+from edgetrain.spec import Spec, TextModelSpec
+from edgetrain.stages import Stage, stages_of_block
 from edgetrain.store.layout import TensorSpec
+from edgetrain.vocabulary import put_tokenizer
 from exporters.onnx import stage
 
 ROOT = Path(__file__).parents[2]
@@ -54,11 +55,14 @@ def small_spec(changes: dict[str, Any] | None = None) -> Spec:
 
 
 def shapes_of(spec: Spec) -> dict[str, dict[str, list[int]]]:
-    family = ViT(spec)
+    """By kind of stage, of a model of any family trained from the beginning."""
+    build = build_network(spec, None).build if spec.is_exact else build_family(spec).build
+    kinds = {stage.kind for block in range(spec.num_blocks) for stage in stages_of_block(spec, block)} - {"codebook"}
     with torch.device("meta"):
-        modules = {kind: family.build(kind) for kind in ("stem", "layer", "head")}
+        modules = {kind: build(kind) for kind in kinds}
     shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in modules.items()}
-    return {"codebook": {"rows": [spec.model.num_classes, spec.model.width]}, **shapes}
+    classes = spec.text_model.vocab_size if isinstance(spec.model, TextModelSpec) else spec.image_model.num_classes
+    return {"codebook": {"rows": [classes, spec.model.width]}, **shapes}
 
 
 def random_weights(stage: Stage, tensor: TensorSpec) -> NDArray[np.float32]:
@@ -69,7 +73,12 @@ def random_weights(stage: Stage, tensor: TensorSpec) -> NDArray[np.float32]:
 
 
 def make_session(path: Path, spec: Spec) -> Session:
-    return Session.create(path, spec, shapes_of(spec), random_weights)
+    def prepare() -> None:
+        if isinstance(spec.model, TextModelSpec):
+            put_tokenizer("bytes", path / "model")
+
+    return Session.create(path, spec, shapes_of(spec), lambda stage, tensor: [random_weights(stage, tensor)],
+                          prepare=prepare)  # fmt: skip
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -18,8 +18,7 @@ from exporters import parity
 from exporters.onnx import stage
 from exporters.reference import compute
 from exporters.runtime import Predictor
-from tests.exporters.common import SMALL, export
-from tests.exporters.test_images import make_session
+from tests.exporters.common import SMALL, export, make_session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,17 +13,15 @@ import torch
 import devices
 from edgetrain.errors import BadInput
 from edgetrain.image_sampling import ImageSampler
-from edgetrain.models import build_family, build_network
 from edgetrain.recipe import resolve
 from edgetrain.session import Session
 from edgetrain.spec import Spec
-from edgetrain.stages import stages_of_block
 from exporters import parity
 from exporters.image_runtime import ImageGenerator
 from exporters.onnx import stage
 from exporters.reference import compute
 from exporters.runtime import Predictor, open_model
-from tests.exporters.common import random_weights
+from tests.exporters.common import make_session
 from tests.test_importing import run_cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,17 +41,6 @@ def spec_of(changes: dict[str, Any]) -> Spec:
         "diffusion_blocks": {"num_blocks": 2, "sigma_data": 0.7}, "train": {"micro_batch": 4, "seed": 3},
     }  # fmt: skip
     return resolve(base, changes)
-
-
-def make_session(path: Path, spec: Spec) -> Session:
-    """Random in every weight."""
-    build = build_network(spec, None).build if spec.is_exact else build_family(spec).build
-    with torch.device("meta"):
-        modules = {
-            one.kind: build(one.kind) for block in range(spec.num_blocks) for one in stages_of_block(spec, block)
-        }
-    shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in modules.items()}
-    return Session.create(path, spec, shapes, lambda stage, tensor: [random_weights(stage, tensor)])
 
 
 @pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))

@@ -8,19 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import devices
 from edgetrain.generation import Sampling, generate, unmask
-from edgetrain.models import build_family, build_network
 from edgetrain.session import Session
-from edgetrain.spec import Spec
-from edgetrain.stages import exact_stages, stages_of_block
 from edgetrain.text_sampling import TextModel
-from edgetrain.vocabulary import put_tokenizer
 from exporters import parity
 from exporters.text_runtime import TextContext, TextRunner
-from tests.exporters.common import export, random_weights
+from tests.exporters.common import export, make_session
 from tests.text_families import ONE_STREAM, VOCABULARY, small
 
 PAPER = {"diffusion_blocks__preset": "paper"}
@@ -40,18 +35,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_session(path: Path, spec: Spec) -> Session:
-    """Every weight random, none of them zero."""
-    made: Any = build_network(spec, None) if spec.is_exact else build_family(spec)
-    stages = exact_stages(spec).stages if spec.is_exact else stages_of_block(spec, 0)
-    kinds = {stage.kind for stage in stages} - {"codebook"}
-    with torch.device("meta"):
-        modules = {kind: made.build(kind) for kind in kinds}
-    shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in modules.items()}
-    shapes["codebook"] = {"rows": [spec.text_model.vocab_size, spec.text_model.width]}
-    return Session.create(path, spec, shapes, random_weights, prepare=lambda: put_tokenizer("bytes", path / "model"))
-
-
 def model_of(session: Session) -> TextModel:
     return TextModel(session, devices.open_device("cpu"), 4)
 
@@ -59,7 +42,7 @@ def model_of(session: Session) -> TextModel:
 @pytest.fixture(params=VARIANTS)
 def session(request: pytest.FixtureRequest, tmp_path: Path) -> Session:
     family, changes = VARIANTS[request.param]
-    return random_session(tmp_path / "s", small(family, **changes))
+    return make_session(tmp_path / "s", small(family, **changes))
 
 
 @pytest.mark.parametrize("single_file", [False, True])
@@ -107,7 +90,7 @@ def test_texts_are_those_of_the_session(session: Session, tmp_path: Path) -> Non
 
 def test_a_core_runs_as_often_as_is_asked(tmp_path: Path) -> None:
     spec = small("recurrent", **EXACT, model__loops=2)
-    runner = TextRunner(export(random_session(tmp_path / "s", spec), tmp_path / "x"))
+    runner = TextRunner(export(make_session(tmp_path / "s", spec), tmp_path / "x"))
     tokens, state = np.array([[1, 2, 3]]), np.ones((1, 3, 32), np.float32)
     by_loops = [
         runner.run(0, {"input_ids": tokens, "state": state, "loops": np.array(n)})["logits"] for n in (0, 1, 2, 20)
