@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from devices import Device
+from edgetrain import masking
 from edgetrain.blockwise import bind, build_modules
 from edgetrain.data.tokens import TextDataset
 from edgetrain.engine import warm_up_kernels
@@ -26,11 +27,11 @@ from edgetrain.models import autoregressive, build_family, build_network, recurr
 from edgetrain.models.attention import KeyValue
 from edgetrain.models.base import Boundary
 from edgetrain.models.codebook import network_input, read_out
-from edgetrain.models.masked import hidden, masked_logits, texts
+from edgetrain.models.masked import masked_logits
 from edgetrain.models.recurrent import first_state
 from edgetrain.models.text import TextNetwork
 from edgetrain.noise import euler_coefficients, masking_block
-from edgetrain.randomness import Purpose, Stream, normal, uniform
+from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
 from edgetrain.sampling import CHUNK_BYTES, Batched, bound
 from edgetrain.session import Session
@@ -156,7 +157,7 @@ class TextModel(Batched):
             indices = np.arange(start, min(start + chunk, num_examples))
             tokens, targets, weights = dataset.read(indices)
             if self.model.family == "masked":
-                tokens, weights = texts(tokens, targets, weights)
+                tokens, weights = masking.texts(tokens, targets, weights)
                 work = self._masked_work(tokens, weights > 0, start, draws * self.spec.num_blocks)
                 weight.append((weights > 0).sum(1).astype(np.float64))
             else:
@@ -335,16 +336,9 @@ class TextModel(Batched):
     ) -> NDArray[np.float64]:
         """The bound of each example (n,): a t of its own in each of ``levels`` equal parts."""
         total = np.zeros(len(tokens))
-        seed = self.spec.train.seed
-        for level in range(levels - 1, -1, -1):
-            offset = uniform(Stream(seed, Purpose.EVALUATION_NOISE, 1, level), start, len(tokens))[:, 0]
-            t = (level + offset) / levels
-            draws = uniform(Stream(seed, Purpose.EVALUATION_NOISE, 2, level), start, len(tokens), tokens.shape[1])
-            is_masked = draws < t[:, None]
-            if counts is not None:
-                is_masked &= counts
-            given = hidden(tokens, is_masked, self.model.vocab_size)
-            self.modules.load(masking_block(self.spec.num_blocks, (level + 0.5) / levels))
+        for middle, t, is_masked in masking.levels(self.spec.train.seed, tokens, start, levels, counts):
+            given = masking.hidden(tokens, is_masked, self.model.vocab_size)
+            self.modules.load(masking_block(self.spec.num_blocks, middle))
             for part in self.parts(len(tokens)):
                 logits = self._masked_logits(given[part], t[part])
                 each = _negative_log(logits, self._tensor(np.maximum(tokens[part], 0)))

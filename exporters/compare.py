@@ -42,7 +42,8 @@ def run(request: parity.Request) -> dict[str, Any]:
         assert model is not None
         for name, array in zip(names, model.run(list(names), inputs), strict=True):
             reference = np.load(references, allow_pickle=False)
-            row = difference(array, reference) | {"rtol": parity.RTOL, "atol": parity.ATOL, "batch_sizes": [count]}
+            rtol, atol = parity.tolerance(manifest.storage, reference, False)
+            row = difference(array, reference, atol, rtol) | {"rtol": rtol, "atol": atol, "batch_sizes": [count]}
             key = (file, name)
             rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}
     return {"rows": list(rows.values())}
@@ -66,7 +67,7 @@ def _language_rows(request: parity.Request, session: Session) -> list[dict[str, 
         first, past = runner.run(tokens[:, :half], runner.empty(len(tokens)))
         second, _ = runner.run(tokens[:, half:], past)
         for name, array in (("logits", whole), ("logits, by parts", np.concatenate([first, second], 1))):
-            _compared(rows, file, name, array, reference)
+            _compared(rows, file, name, array, reference, runner.manifest.storage)
     return list(rows.values())
 
 
@@ -74,7 +75,7 @@ def _text_rows(request: parity.Request, session: Session) -> list[dict[str, Any]
     """Block by block; what has keys and values at once, and in two parts."""
     import_onnxruntime()
     runner = TextRunner(request.export_path, keeps=False)
-    is_single = runner.manifest.single_file
+    is_single, storage = runner.manifest.single_file, runner.manifest.storage
     layouts = largest_block(session.spec, session.shapes)
     block_bytes = sum(layout.section_bytes(layout.roles[0].name) for layout in layouts)
     parity.limit_memory(request.budget_bytes, runner.weights_bytes if is_single else block_bytes)
@@ -92,7 +93,7 @@ def _text_rows(request: parity.Request, session: Session) -> list[dict[str, Any]
         for name in parity.text_outputs(session.spec, is_single):
             reference = np.load(references, allow_pickle=False)
             for how, outputs in found:
-                _compared(rows, runner.manifest.graphs[number], name + how, outputs[name], reference)
+                _compared(rows, runner.manifest.graphs[number], name + how, outputs[name], reference, storage)
     return list(rows.values())
 
 
@@ -112,17 +113,19 @@ def _read(
     return {name: np.concatenate([one[name] for one in parts], 1) for name in names}
 
 
-def _compared(rows: dict[str, dict[str, Any]], file: str, name: str, array: Floats, reference: Floats) -> None:
+def _compared(  # noqa: PLR0917
+    rows: dict[str, dict[str, Any]], file: str, name: str, array: Floats, reference: Floats, storage: str
+) -> None:
     """Adds to ``rows`` how an output (n, ...) of a text differs, the worst of all cases."""
-    # Near zero a logit has the rounding of its large neighbours.
-    atol = parity.ATOL * max(1.0, float(np.abs(reference).max()))
-    row = difference(array, reference, atol)
-    row |= {"rtol": parity.RTOL, "atol": atol, "batch_sizes": [len(reference)]}
+    rtol, atol = parity.tolerance(storage, reference, True)
+    row = difference(array, reference, atol, rtol) | {"rtol": rtol, "atol": atol, "batch_sizes": [len(reference)]}
     key = f"{file} {name}"
     rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}
 
 
-def difference(array: Floats, reference: Floats, atol: float = parity.ATOL) -> dict[str, Any]:
+def difference(
+    array: Floats, reference: Floats, atol: float = parity.ATOL, rtol: float = parity.RTOL
+) -> dict[str, Any]:
     """``max_abs``, ``max_rel`` and ``passed``; the differences are None where something is not finite.
 
     A relative difference is taken where the reference is above ``atol``: below, it says nothing.
@@ -132,7 +135,7 @@ def difference(array: Floats, reference: Floats, atol: float = parity.ATOL) -> d
     size = np.abs(reference).astype(np.float64)
     off = np.abs(array.astype(np.float64) - reference)
     relative = off / np.where(size > atol, size, np.inf)
-    passed = bool((off <= atol + parity.RTOL * size).all())
+    passed = bool((off <= atol + rtol * size).all())
     return {"max_abs": float(off.max()), "max_rel": float(relative.max()), "passed": passed}
 
 

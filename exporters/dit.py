@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
-from exporters.graph import Graph
+from exporters.graph import Graph, Storage
 from exporters.noised import Noised, embedded_noise, silu
 from exporters.vit import Shapes, Transformer
 
 OUTPUT = "denoised"
 
 
-def denoiser(spec: Spec, block: int, shapes: Shapes) -> Graph:
+def denoiser(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """One block, or a model trained as a whole: a noisy image z (n, C, H, W), sigma (n,) and labels (n,) int64, the
     largest of which is that of no class -> denoised (n, C, H, W), the D of the Euler step."""
-    graph, shape = Graph(f"block{block:02d}", shapes), spec.image_model.image_shape
+    graph, shape = Graph(f"block{block:02d}", shapes, storage), spec.image_model.image_shape
     z, sigma, labels = graph.input("z", *shape), graph.input("sigma"), graph.tensor("labels", "int64", "n")
     graph.result(OUTPUT, _Denoiser(graph, spec, block).run(z, sigma, labels), "n", *shape)
     return graph
@@ -31,7 +31,7 @@ class _Denoiser(Transformer):
         noised = Noised(g, self.spec, z, sigma, 4)
         with g.scope(self.stem):
             tokens = self._clean_tokens(noised.scaled())
-            classes = g.op("Gather", g.weight(f"{self.stem}.classes"), labels)
+            classes = g.rows(f"{self.stem}.classes", labels)
             condition = silu(g, g.op("Add", embedded_noise(g, self.stem, noised.c_noise), classes))  # (n, width)
         for layer in self.layers:
             tokens, _ = self._layer(layer, tokens, model.num_patches, condition)

@@ -6,9 +6,10 @@ transposed weight would be folded when the model loads, into a copy of the weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,6 +29,36 @@ class External(NamedTuple):
     location: str
     offset: int
     length: int
+
+
+class Stored(NamedTuple):
+    """A weight as an export's file has it.
+
+    ``form``: "whole", as float32 or float16; or of a matrix ``source`` whose output channels run along the axis
+    ``channels``: "int8", its quotients by the scales of the channels plus 128, (in, out); "scale", these scales (out,).
+    """
+
+    name: str
+    shape: Sequence[int]
+    dtype: str = "F32"
+    form: Literal["whole", "int8", "scale"] = "whole"
+    source: str = ""
+    channels: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _SIZES[self.dtype]
+
+
+Storage = Literal["fp32", "fp16", "int8"]
+STORAGES: tuple[Storage, ...] = ("fp32", "fp16", "int8")
+"""How the large matrices are stored, and multiplied with. fp16: all of them, tables as well. int8: those of
+layers."""
+
+_SIZES = {"F32": 4, "F16": 2, "U8": 1}
+_FLOAT, _UINT8, _FLOAT16 = 1, 2, 10  # of onnx.TensorProto
+_TYPES = {"F32": _FLOAT, "F16": _FLOAT16, "U8": _UINT8}
+_ZERO_POINT, _FINER, _TINY = 128, 254.0, 1e-30
 
 
 class Node(NamedTuple):
@@ -69,9 +100,11 @@ class Graph:
         shapes: {name: shape} of the float32 weights that the graph may use.
     """
 
-    def __init__(self, name: str, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, name: str, shapes: Mapping[str, Sequence[int]], storage: Storage = "fp32") -> None:
         self._name = name
         self._shapes = shapes
+        self._storage = storage
+        self._stored: dict[str, Stored] = {}
         self._scope = ""
         self._uses: dict[str, int] = {}
         self._nodes: list[Node] = []
@@ -105,13 +138,24 @@ class Graph:
         self._nodes.append(Node("Identity", [value], [name], name, {}))
 
     def weight(self, name: str) -> str:
-        """A weight of ``shapes``.
+        """A weight of ``shapes``, in float32.
 
         Raises:
             KeyError: there is none of that name.
         """
-        self._shapes[name]
-        return name
+        return self._store(Stored(name, self._shapes[name]))
+
+    def _store(self, stored: Stored) -> str:
+        if self._stored.setdefault(stored.name, stored) != stored:
+            raise ValueError(f"{stored.name} would be stored in two ways")
+        return stored.name
+
+    def rows(self, table: str, ids: str) -> str:
+        """Rows of a table (n, width), float32."""
+        if self._storage != "fp16":
+            return self.op("Gather", self.weight(table), ids)
+        found = self.op("Gather", self._store(Stored(table, self._shapes[table], "F16")), ids)
+        return self.op("Cast", found, to=_FLOAT)
 
     def shape(self, weight: str) -> Sequence[int]:
         """Of a weight."""
@@ -192,20 +236,60 @@ class Graph:
     def reshape(self, x: str, *shape: int) -> str:
         return self.op("Reshape", x, self.ints(*shape))
 
-    def linear(self, x: str, name: str, tokens: int = 0) -> str:
+    def linear(self, x: str, name: str, tokens: int = 0, *, coarse: bool = False) -> str:
         """``x @ NAME.weight.T + NAME.bias``, if there is a bias, for x (n, in), or (n, tokens, in) where ``tokens`` is
-        given."""
+        given. ``coarse``: as in ``gemm``."""
         width_out, width_in = self._shapes[f"{name}.weight"]
         if tokens:
             x = self.reshape(x, -1, width_in)
-        bias = [f"{name}.bias"] if f"{name}.bias" in self._shapes else []
-        y = self.op("Gemm", x, self.weight(f"{name}.weight"), *bias, transB=1)
+        bias = f"{name}.bias" if f"{name}.bias" in self._shapes else ""
+        y = self.gemm(x, f"{name}.weight", bias, coarse=coarse)
         return self.reshape(y, -1, tokens, width_out) if tokens else y
 
-    def weights(self) -> list[str]:
+    def gemm(self, x: str, weight: str, bias: str = "", *, channels: int = 0, coarse: bool = False) -> str:
+        """x (n, in) times a matrix whose outputs run along the axis ``channels``, plus a bias: (n, out), float32.
+
+        ``coarse``: may be in int8.
+        """
+        if self._storage == "fp32" or (self._storage == "int8" and not coarse):
+            inputs = [x, self.weight(weight), *([self.weight(bias)] if bias else [])]
+            return self.op("Gemm", *inputs, transB=1 - channels)
+        if self._storage == "fp16":
+            stored = self._store(Stored(weight, self._shapes[weight], "F16"))
+            y = self.op(
+                "Cast", self.op("Gemm", self.op("Cast", x, to=_FLOAT16), stored, transB=1 - channels), to=_FLOAT
+            )
+        else:
+            y = self._int8(x, weight, channels)
+        return self.op("Add", y, self.weight(bias)) if bias else y
+
+    def _int8(self, x: str, weight: str, channels: int) -> str:
+        """Rows of x are split into two numbers of 8 bits, the second for what the first leaves, so that what is lost is
+        lost by the weights alone: the large elements that activations of language models have would drown the others.
+
+        Both weights and activations are unsigned with a zero point: signed ones saturate in the instructions of older
+        processors.
+        """
+        shape = self._shapes[weight]
+        num_out, num_in = shape[channels], shape[1 - channels]
+        values = self._store(Stored(f"{weight}.int8", (num_in, num_out), "U8", "int8", weight, channels))
+        scale = self._store(Stored(f"{weight}.scale", (num_out,), "F32", "scale", weight, channels))
+        largest = self.op("ReduceMax", self.op("Abs", x), self.ints(1), keepdims=1)
+        coarse = self.op("Div", self.op("Max", largest, self.floats(_TINY)), self.floats(127.0))  # (n, 1)
+        quotients = self.op("Div", x, coarse)
+        first = self.op("Round", quotients)
+        rest = self.op("Round", self.op("Mul", self.op("Sub", quotients, first), self.floats(_FINER)))
+        both = self.op("Add", self.op("Concat", first, rest, axis=0), self.floats(float(_ZERO_POINT)))
+        zero = self._constant(np.array(_ZERO_POINT, np.uint8), "zero_point")
+        product = self.op("MatMulInteger", self.op("Cast", both, to=_UINT8), values, zero, zero)
+        upper, lower = self.split(self.op("Cast", product, to=_FLOAT), 2, 0)
+        total = self.op("Add", upper, self.op("Div", lower, self.floats(_FINER)))
+        return self.op("Mul", total, self.op("Mul", coarse, scale))
+
+    def weights(self) -> list[Stored]:
         """The weights that the outputs depend on, in the order of their use."""
         used = dict.fromkeys(value for node in _needed(self._nodes, self._outputs) for value in node.uses())
-        return [name for name in used if name in self._shapes]
+        return [self._stored[name] for name in used if name in self._stored]
 
     def model(self, metadata: Mapping[str, str], version: str, external: Mapping[str, External]) -> ModelProto:
         """The model, without the nodes that no output needs.
@@ -226,7 +310,7 @@ class Graph:
             for name, array in self._constants.items()
             if name in used
         ]
-        weights = [_external(name, self._shapes[name], external[name]) for name in self.weights() if name in external]
+        weights = [_external(one, external[one.name]) for one in self.weights() if one.name in external]
         ends = [_described(values.values()) for values in (self._inputs, self._outputs)]
         graph = helper.make_graph([], self._name, ends[0], ends[1], [*constants, *weights])
         for node in nodes:
@@ -276,10 +360,18 @@ def _described(values: Iterable[Value]) -> list[ValueInfoProto]:
     ]
 
 
-def _external(name: str, shape: Sequence[int], place: External) -> TensorProto:
+def message_of(stored: Stored) -> TensorProto:
+    """Its description, without its bytes."""
     from onnx import TensorProto
 
-    tensor = TensorProto(name=name, dims=shape, data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    return TensorProto(name=stored.name, dims=stored.shape, data_type=_TYPES[stored.dtype])
+
+
+def _external(stored: Stored, place: External) -> TensorProto:
+    from onnx import TensorProto
+
+    tensor = message_of(stored)
+    tensor.data_location = TensorProto.EXTERNAL
     for key, value in place._asdict().items():
         tensor.external_data.add(key=key, value=str(value))
     return tensor

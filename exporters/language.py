@@ -14,7 +14,7 @@ from edgetrain.adapters import lora_targets
 from edgetrain.architectures import stores_transposed, target_tensors
 from edgetrain.spec import LanguageModelSpec, Spec
 from edgetrain.stages import rows_of_chunk
-from exporters.graph import Graph
+from exporters.graph import Graph, Storage
 from exporters.manifest import EMBEDDING, NORM, layer_file, logits_file
 from exporters.sequences import TOKENS, Sequences, Shapes
 
@@ -33,9 +33,9 @@ def chunks_of_table(model: LanguageModelSpec) -> dict[str, tuple[int, int]]:
     return {f"{table_of(model)}[{start}:]": (start, min(rows, model.vocab_size - start)) for start in starts}
 
 
-def whole_model(spec: Spec, shapes: Shapes) -> Graph:
+def whole_model(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """The model as one graph."""
-    graph = Graph("language_model", shapes)
+    graph = Graph("language_model", shapes, storage)
     model = _Model(graph, spec, shapes)
     ids, positions = model.input_ids(), model.position_ids()
     mask = model.attention_mask()
@@ -49,7 +49,7 @@ def whole_model(spec: Spec, shapes: Shapes) -> Graph:
     return graph
 
 
-def parts(spec: Spec, shapes: Shapes) -> Iterator[tuple[str, Graph]]:
+def parts(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Iterator[tuple[str, Graph]]:
     """(file, graph) of the embedding, each layer, the last norm, and some rows at a time of the output table.
 
     A layer has the inputs inputs_embeds, attention_mask, position_ids, past.key and past.value, and the outputs hidden,
@@ -58,7 +58,7 @@ def parts(spec: Spec, shapes: Shapes) -> Iterator[tuple[str, Graph]]:
     width = spec.language.width
 
     def begin(name: str) -> _Model:
-        return _Model(Graph(name.removesuffix(".onnx"), shapes), spec, shapes)
+        return _Model(Graph(name.removesuffix(".onnx"), shapes, storage), spec, shapes)
 
     model = begin(EMBEDDING)
     model.graph.result("hidden", model.embedded(model.input_ids(), model.position_ids()), *TOKENS, width)
@@ -100,9 +100,9 @@ class _Model(Sequences):
     def embedded(self, ids: str, positions: str) -> str:
         """(batch, sequence, width)."""
         g = self.graph
-        hidden = g.op("Gather", g.weight("embedding.weight"), ids)
+        hidden = g.rows("embedding.weight", ids)
         if self.model.family == "gpt2":
-            hidden = g.op("Add", hidden, g.op("Gather", g.weight("stem.wpe.weight"), positions))
+            hidden = g.op("Add", hidden, g.rows("stem.wpe.weight", positions))
         return hidden
 
     def look(self, hidden: str, mask: str, positions: str) -> None:
@@ -123,8 +123,7 @@ class _Model(Sequences):
         with g.scope("head"):
             if not self.sizes:
                 self.measure(normed)
-            weight = g.weight(table or table_of(model))
-            flat = g.op("Gemm", g.reshape(normed, -1, model.width), weight, transB=1)
+            flat = g.gemm(g.reshape(normed, -1, model.width), table or table_of(model))
             return self.rows(flat, rows or model.vocab_size)
 
     def layer(self, number: int, hidden: str, key: str, value: str) -> tuple[str, str, str]:
@@ -188,8 +187,7 @@ class _Model(Sequences):
     def _linear(self, x: str, stage: str, name: str) -> str:
         """x (n, in) -> (n, out), with its adapter if it has one."""
         g, weight, bias = self.graph, f"{stage}.{name}.weight", f"{stage}.{name}.bias"
-        inputs = [x, g.weight(weight), *([g.weight(bias)] if bias in self.shapes else [])]
-        y = g.op("Gemm", *inputs, transB=int(not self.transposed))
+        y = g.gemm(x, weight, bias if bias in self.shapes else "", channels=int(self.transposed), coarse=True)
         if f"{name}.weight" not in self.adapted:
             return y
         exact = self.spec.exact

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from devices import meter
 from edgetrain.errors import BudgetBroken
-from edgetrain.units import MIB, format_bytes
+from edgetrain.units import format_bytes
 from exporters.manifest import EMBEDDING, MODEL, MODEL_DATA, NORM, WEIGHTS, LanguageManifest, layer_file, logits_file
-from exporters.runtime import model_errors, open_model
+from exporters.runtime import COPIES, ROOM_BYTES, model_errors, open_model
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 KeyValues = list[tuple[Floats, Floats]]
 """Of each layer, keys and values (n, kv_heads, tokens, head_dim)."""
-
-_ROOM_BYTES = 64 * MIB
-"""What onnxruntime takes for itself and for a graph that runs."""
 
 
 class LanguageRunner:
@@ -48,7 +45,8 @@ class LanguageRunner:
 
     def fits(self, budget_bytes: int) -> bool:
         """Whether all graphs may stay open."""
-        return meter.usage().resident_bytes + self.weights_bytes + _ROOM_BYTES <= budget_bytes
+        weights_bytes = self.weights_bytes * COPIES[self.manifest.storage]
+        return meter.usage().resident_bytes + weights_bytes + ROOM_BYTES <= budget_bytes
 
     def empty(self, n: int) -> KeyValues:
         """The past of a text that begins."""
@@ -104,7 +102,8 @@ class LanguageRunner:
         wanted = {one.name for one in model.get_inputs()}
         with model_errors(self._folder / file):
             found: list[Floats] = model.run(list(outputs), {n: array for n, array in inputs.items() if n in wanted})
-        return found
+        # What onnxruntime gives keeps all memory alive that the graph ran in.
+        return found if self._keeps else [np.array(one) for one in found]
 
 
 class LanguageContext:

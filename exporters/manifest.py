@@ -13,6 +13,7 @@ from edgetrain.errors import BadInput, EdgetrainError
 from edgetrain.noise import NoiseSchedule
 from edgetrain.randomness import Purpose
 from edgetrain.store.disk import replace_file
+from exporters.graph import STORAGES
 
 FORMAT = "edgetrain.export"
 VERSION = 1
@@ -66,6 +67,7 @@ class Manifest:
     width: int
     schedule: NoiseSchedule
     files: Mapping[str, FileRecord]
+    storage: str = "fp32"
     whole: bool = False
 
     @property
@@ -106,7 +108,8 @@ class Manifest:
 @dataclass(frozen=True)
 class LanguageManifest:
     """An export of a language model: model.onnx with its weights beside it, or a graph for each part, and the
-    tokenizer's files. ``num_chunks``: of the output table, whose logits follow each other."""
+    tokenizer's files. ``num_chunks``: of the output table, whose logits follow each other. ``length``: of the texts in
+    training, 0 where an earlier version did not say."""
 
     family: str
     digest: str
@@ -118,6 +121,8 @@ class LanguageManifest:
     kv_heads: int
     head_dim: int
     files: Mapping[str, FileRecord]
+    storage: str = "fp32"
+    length: int = 0
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -165,6 +170,7 @@ class TextManifest:
     loops: int
     schedule: NoiseSchedule
     files: Mapping[str, FileRecord]
+    storage: str = "fp32"
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -234,6 +240,8 @@ def _parse_language(content: Mapping[str, Any]) -> LanguageManifest:
             for name in ("vocab_size", "max_length", "depth", "kv_heads", "head_dim", "num_chunks")
         },
         files=_records(content),
+        storage=_storage(content),
+        length=_is(int, content.get("length", 0)),
     )
     if max(parsed.depth, parsed.num_chunks) > _MAX_BLOCKS:
         raise ValueError(f"{parsed.depth} layers and {parsed.num_chunks} chunks")
@@ -254,6 +262,7 @@ def _parse_text(content: Mapping[str, Any]) -> TextManifest:
         streams=_positive(content["streams"]),
         schedule=_schedule(content),
         files=_records(content),
+        storage=_storage(content),
     )
     if parsed.schedule.num_blocks > _MAX_BLOCKS or not 0 <= sum(parsed.layers) < _MAX_BLOCKS or min(parsed.layers) < 0:
         raise ValueError(f"{parsed.schedule.num_blocks} blocks of {parsed.layers} layers")
@@ -283,6 +292,7 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
         width=_positive(content["width"]),
         schedule=_schedule(content),
         files=_records(content),
+        storage=_storage(content),
         whole=_is(bool, content.get("whole", False)),
     )
     num_blocks = parsed.schedule.num_blocks
@@ -292,6 +302,13 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     if len(parsed.image_shape) != 3 or not parsed.class_names or not 0 <= parsed.seed < 2**63:
         raise ValueError(f"images {parsed.image_shape}, {parsed.num_classes} classes, seed {parsed.seed}")
     return parsed
+
+
+def _storage(content: Mapping[str, Any]) -> str:
+    found: str = content.get("storage", "fp32")
+    if found not in STORAGES:
+        raise ValueError(f"the storage {found!r}")
+    return found
 
 
 def _schedule(content: Mapping[str, Any]) -> NoiseSchedule:

@@ -28,7 +28,7 @@ from edgetrain.spec import LanguageModelSpec, ModelSpec, TextModelSpec
 from edgetrain.stages import stages_of_block
 from edgetrain.store import disk
 from exporters import dit, language, text, vit
-from exporters.graph import External
+from exporters.graph import External, Storage, Stored
 from exporters.manifest import (
     CODEBOOK,
     CONFIG,
@@ -92,11 +92,12 @@ class StagedExport:
 
 
 @contextmanager
-def stage(session: Session, to: Path, single_file: bool) -> Iterator[StagedExport]:
+def stage(session: Session, to: Path, single_file: bool, storage: Storage = "fp32") -> Iterator[StagedExport]:
     """Emits the session, to be published at ``to``; what was not published by the end is deleted.
 
     Args:
         single_file: the default chain unrolled in one model.onnx, instead of one graph for each block.
+        storage: of the large matrices.
 
     Raises:
         UsageError: ``to`` is something else than an earlier export, or a single file would be too large.
@@ -106,7 +107,7 @@ def stage(session: Session, to: Path, single_file: bool) -> Iterator[StagedExpor
     to = to.absolute()
     check_replaceable(to)
     with _scratch_folder(to) as folder:
-        _emit(session, folder, single_file)
+        _emit(session, folder, single_file, storage)
         yield StagedExport(folder, to, usage().peak_bytes)
 
 
@@ -153,16 +154,17 @@ def _scratch_folder(to: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _emit(session: Session, folder: Path, single_file: bool) -> None:
+def _emit(session: Session, folder: Path, single_file: bool, storage: Storage) -> None:
     weights = Weights(session)
     digest = session.store.digest()
     if isinstance(session.spec.model, LanguageModelSpec):
-        _emit_language(session, weights, folder, digest, single_file)
+        _emit_language(session, weights, folder, digest, single_file, storage)
         return
     if isinstance(session.spec.model, TextModelSpec):
-        _emit_text(session, weights, folder, digest, single_file)
+        _emit_text(session, weights, folder, digest, single_file, storage)
         return
-    files = _single(session, weights, folder, digest) if single_file else _blocks(session, weights, folder, digest)
+    emit = _single if single_file else _blocks
+    files = emit(session, weights, folder, digest, storage)
     spec, schedule = session.spec, session.spec.diffusion_blocks.noise
     Manifest(
         family=spec.model.family,
@@ -174,22 +176,33 @@ def _emit(session: Session, folder: Path, single_file: bool) -> None:
         width=spec.image_model.width,
         schedule=replace(schedule, num_blocks=spec.num_blocks),
         files=files,
+        storage=storage,
         whole=is_whole_classifier(spec),
     ).write(folder)
 
 
-def _emit_language(session: Session, weights: Weights, folder: Path, digest: str, single_file: bool) -> None:
+def _emit_language(  # noqa: PLR0917
+    session: Session, weights: Weights, folder: Path, digest: str, single_file: bool, storage: Storage
+) -> None:
     spec, model = session.spec, session.spec.language
     chunks = language.chunks_of_table(model)
     shapes = weights.shapes | {name: (rows, model.width) for name, (_, rows) in chunks.items()}
-    graphs = {MODEL: language.whole_model(spec, shapes)} if single_file else dict(language.parts(spec, shapes))
-    used = dict.fromkeys(name for graph in graphs.values() for name in graph.weights() if name not in chunks)
-    used |= {} if single_file else {language.table_of(model): None}
+    graphs = (
+        {MODEL: language.whole_model(spec, shapes, storage)}
+        if single_file
+        else dict(language.parts(spec, shapes, storage))
+    )
+    stored = [one for graph in graphs.values() for one in graph.weights()]
+    used = dict.fromkeys(one for one in stored if one.name not in chunks)
+    if not single_file:
+        dtype = next(one.dtype for one in stored if one.name in chunks)
+        used[Stored(language.table_of(model), weights.shapes[language.table_of(model)], dtype)] = None
     out, places = write_safetensors(folder / (MODEL_DATA if single_file else WEIGHTS), weights, used)
     files = {out.name: FileRecord(out.num_bytes, out.sha256)}
     for name, (first, rows) in chunks.items() if not single_file else ():
         table = places[language.table_of(model)]
-        places[name] = External(table.location, table.offset + 4 * first * model.width, 4 * rows * model.width)
+        row_bytes = table.length // model.vocab_size
+        places[name] = External(table.location, table.offset + first * row_bytes, rows * row_bytes)
     for name, graph in graphs.items():
         files[name] = _write(folder / name, graph.model(_properties(session, digest), __version__, places))
         _check(folder / name)
@@ -197,21 +210,23 @@ def _emit_language(session: Session, weights: Weights, folder: Path, digest: str
     LanguageManifest(
         family=model.family, digest=digest, single_file=single_file, num_chunks=len(chunks),
         vocab_size=model.vocab_size, max_length=model.max_length, depth=model.depth, kv_heads=model.kv_heads,
-        head_dim=model.head_dim, files=files,
+        head_dim=model.head_dim, files=files, storage=storage, length=spec.text.length,
     ).write(folder)  # fmt: skip
 
 
-def _emit_text(session: Session, weights: Weights, folder: Path, digest: str, single_file: bool) -> None:
+def _emit_text(  # noqa: PLR0917
+    session: Session, weights: Weights, folder: Path, digest: str, single_file: bool, storage: Storage
+) -> None:
     spec, model = session.spec, session.spec.text_model
     num_blocks = 1 if spec.is_exact else spec.num_blocks
     if single_file:
-        graphs = {MODEL: text.single_graph(spec, weights.shapes)}
+        graphs = {MODEL: text.single_graph(spec, weights.shapes, storage)}
     else:
-        graphs = {block_file(i): text.block_graph(spec, i, weights.shapes) for i in range(num_blocks)}
-    used = dict.fromkeys(name for graph in graphs.values() for name in graph.weights())
+        graphs = {block_file(i): text.block_graph(spec, i, weights.shapes, storage) for i in range(num_blocks)}
+    used = dict.fromkeys(one for graph in graphs.values() for one in graph.weights())
     files: dict[str, FileRecord] = {}
     if not single_file and "codebook" in {stage.kind for stage in stages_of_block(spec, 0)}:
-        used |= {CODEBOOK: None}  # the host knows by it what noisy tokens are
+        used[Stored(CODEBOOK, weights.shapes[CODEBOOK])] = None  # the host knows by it what noisy tokens are
     out, places = write_safetensors(folder / (MODEL_DATA if single_file else WEIGHTS), weights, used)
     files[out.name] = FileRecord(out.num_bytes, out.sha256)
     for name, graph in graphs.items():
@@ -230,7 +245,7 @@ def _emit_text(session: Session, weights: Weights, folder: Path, digest: str, si
         family=model.family, digest=digest, seed=spec.train.seed, single_file=single_file, whole=spec.is_exact,
         vocab_size=model.vocab_size, width=model.width, heads=model.heads, head_dim=model.head_dim,
         length=spec.text.length, layers=tuple(layers), streams=spec.diffusion_blocks.streams, loops=model.loops,
-        schedule=replace(spec.diffusion_blocks.noise, num_blocks=num_blocks), files=files,
+        schedule=replace(spec.diffusion_blocks.noise, num_blocks=num_blocks), files=files, storage=storage,
     ).write(folder)  # fmt: skip
 
 
@@ -242,14 +257,14 @@ def _copied_tokenizer(session: Session, folder: Path) -> dict[str, FileRecord]:
     return files
 
 
-def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
+def _blocks(session: Session, weights: Weights, folder: Path, digest: str, storage: Storage) -> dict[str, FileRecord]:
     spec = session.spec
     if is_whole_classifier(spec):
-        graphs = [vit.classifier(spec, weights.shapes)]
+        graphs = [vit.classifier(spec, weights.shapes, storage)]
     else:
         denoiser = dit.denoiser if spec.model.family == "dit" else vit.denoiser
-        graphs = [denoiser(spec, block, weights.shapes) for block in range(spec.num_blocks)]
-    used = dict.fromkeys(name for graph in graphs for name in graph.weights())
+        graphs = [denoiser(spec, block, weights.shapes, storage) for block in range(spec.num_blocks)]
+    used = dict.fromkeys(one for graph in graphs for one in graph.weights())
     out, places = write_safetensors(folder / WEIGHTS, weights, used)
     files = {WEIGHTS: FileRecord(out.num_bytes, out.sha256)}
     for block, graph in enumerate(graphs):
@@ -261,12 +276,12 @@ def _blocks(session: Session, weights: Weights, folder: Path, digest: str) -> di
     return files
 
 
-def _single(session: Session, weights: Weights, folder: Path, digest: str) -> dict[str, FileRecord]:
+def _single(session: Session, weights: Weights, folder: Path, digest: str, storage: Storage) -> dict[str, FileRecord]:
     properties = _properties(session, digest)
     if is_whole_classifier(session.spec):
-        graph = vit.classifier(session.spec, weights.shapes)
+        graph = vit.classifier(session.spec, weights.shapes, storage)
     else:
-        graph, schedule = vit.chain(session.spec, weights.shapes), session.spec.diffusion_blocks.noise
+        graph, schedule = vit.chain(session.spec, weights.shapes, storage), session.spec.diffusion_blocks.noise
         properties |= {
             "blocks": str(schedule.num_blocks),
             "sigma_low": repr(schedule.sigma_min),

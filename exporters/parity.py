@@ -32,6 +32,9 @@ from edgetrain.units import format_bytes
 from exporters.manifest import MODEL, block_file, read
 
 RTOL, ATOL = 1e-4, 1e-5
+_ALLOWED = {"fp16": 0.02, "int8": 0.15}
+"""Of matrices that are stored coarsely: by how much of its largest element an output may differ. A wrong graph differs
+by about all of it; what the storage costs on real data is for ``evaluate`` to say."""
 BATCH_SIZES = (2, 5)
 LANGUAGE_SHAPES = ((1, 7), (3, 12))
 """(batch size, tokens)."""
@@ -96,7 +99,7 @@ def check(
         worst = max(failed, key=lambda row: row["max_abs"] if row["max_abs"] is not None else np.inf)
         raise ParityFailed(
             f"{worst['output']} of {worst['file']} differs from the trained model by {worst['max_abs']} "
-            f"(relative {worst['max_rel']}); allowed are {worst['atol']:.2g} + {RTOL} * |value|",
+            f"(relative {worst['max_rel']}); allowed are {worst['atol']:.2g} + {worst['rtol']} * |value|",
             "Nothing was exported. `edgetrain verify` tells whether the session is damaged.",
         )
     return rows
@@ -122,6 +125,15 @@ def _compare(request: Request) -> dict[str, Any]:
         raise getattr(errors, report["error"])(report["message"], report["hint"])
     check_peak(report["peak_bytes"], request.budget_bytes)
     return report
+
+
+def tolerance(storage: str, reference: NDArray[np.float32], of_largest: bool) -> tuple[float, float]:
+    """(rtol, atol) for an output. ``of_largest``: near zero it has the rounding of its large neighbours, as logits of a
+    text have."""
+    largest = float(np.abs(reference).max())
+    if storage in _ALLOWED:
+        return 0.0, _ALLOWED[storage] * largest
+    return RTOL, ATOL * max(1.0, largest) if of_largest else ATOL
 
 
 def check_peak(peak_bytes: int, budget_bytes: int | None) -> None:

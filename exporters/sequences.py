@@ -69,11 +69,11 @@ class Sequences:
         g = self.graph
         return g.op("Reshape", flat, g.op("Concat", self.sizes, g.ints(*shape), axis=0))
 
-    def linear(self, x: str, name: str) -> str:
+    def linear(self, x: str, name: str, *, coarse: bool = False) -> str:
         """x (batch, sequence, in) -> (batch, sequence, out)."""
         g = self.graph
         width_out, width_in = g.shape(f"{name}.weight")
-        return self.rows(g.linear(g.reshape(x, -1, width_in), name), width_out)
+        return self.rows(g.linear(g.reshape(x, -1, width_in), name, coarse=coarse), width_out)
 
     def turn_by(self, positions: str, model: Rotary) -> None:
         """Makes cos and sin of the angles at positions (..., sequence), each (..., sequence, 1, head_dim / 2)."""

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from edgetrain.noise import masking_band
 from edgetrain.spec import Spec, TextModelSpec
 from edgetrain.stages import stages_of_block
-from exporters.graph import Graph
+from exporters.graph import Graph, Storage
 from exporters.noised import NoisedRows, clean_condition, embedded_noise, silu
 from exporters.sequences import TOKENS, Sequences, Shapes
 
@@ -29,9 +29,9 @@ KeyValue = tuple[str, str]
 """Keys and values, each (batch, heads, tokens, head_dim)."""
 
 
-def block_graph(spec: Spec, block: int, shapes: Shapes) -> Graph:
+def block_graph(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """The graph of one block, or of a model trained as a whole."""
-    graph = Graph(f"block{block:02d}", shapes)
+    graph = Graph(f"block{block:02d}", shapes, storage)
     makers: dict[str, Callable[[Graph, Spec, int], None]] = {
         "masked": _masked, "ar": _whole_ar if spec.is_exact else _ar,
         "recurrent": _whole_recurrent if spec.is_exact else _recurrent,
@@ -40,7 +40,7 @@ def block_graph(spec: Spec, block: int, shapes: Shapes) -> Graph:
     return graph
 
 
-def single_graph(spec: Spec, shapes: Shapes) -> Graph:
+def single_graph(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """One graph that a program runs without knowing the method.
 
     masked: that of all blocks, the one that owns t is run; t (1,) is that of all texts. Next-token models by blocks:
@@ -48,8 +48,8 @@ def single_graph(spec: Spec, shapes: Shapes) -> Graph:
     models. Trained as a whole: ``block_graph``.
     """
     if spec.is_exact:
-        return block_graph(spec, 0, shapes)
-    graph = Graph("model", shapes)
+        return block_graph(spec, 0, shapes, storage)
+    graph = Graph("model", shapes, storage)
     makers = {"masked": _all_masked, "ar": _ar_at_sigma_max, "recurrent": _recurrent_at_sigma_max}
     makers[spec.model.family](graph, spec)
     return graph
@@ -249,7 +249,7 @@ class _Text(Sequences):
 
     def embedded(self, ids: str) -> str:
         """(batch, sequence, width)."""
-        return self.graph.op("Gather", self.graph.weight(f"{self.stem}.tokens"), ids)
+        return self.graph.rows(f"{self.stem}.tokens", ids)
 
     def _with_neighbours(self, embedded: str) -> str:
         """With what so many tokens on each side say of one, nothing beyond the ends."""
@@ -308,7 +308,7 @@ class _Text(Sequences):
 
     def core(self, state: str, injected: str, condition: str) -> str:
         """One run."""
-        state = self.linear(self.graph.op("Concat", state, injected, axis=2), f"{self._adapter}.linear")
+        state = self.linear(self.graph.op("Concat", state, injected, axis=2), f"{self._adapter}.linear", coarse=True)
         for layer in self.layers:
             state = self._causal(layer, state, condition)
         return state
@@ -336,18 +336,20 @@ class _Text(Sequences):
         each (batch, heads, sequence, head_dim), and gives the same."""
         g, model = self.graph, self.model
         with g.scope(layer):
-            modulation = g.op("Unsqueeze", g.linear(condition, f"{layer}.modulation"), g.ints(1))  # (m, 1, 6 width)
+            modulation = g.op(
+                "Unsqueeze", g.linear(condition, f"{layer}.modulation", coarse=True), g.ints(1)
+            )  # (m, 1, 6 width)
             shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2)
-            qkv = self.linear(self._adapted(x, shift1, scale1), f"{layer}.qkv")
+            qkv = self.linear(self._adapted(x, shift1, scale1), f"{layer}.qkv", coarse=True)
             q, k, v = (self.rows(one, model.heads, model.head_dim) for one in g.split(qkv, 3, 2))
             q, k = self.rotated(q), self.rotated(k)
             q, k, v = (g.op("Transpose", one, perm=[0, 2, 1, 3]) for one in (q, k, v))
             mixed = attend(g.op("Mul", q, g.floats(model.head_dim**-0.5)), k, v)
             mixed = self.rows(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), model.width)
-            x = g.op("Add", x, g.op("Mul", gate1, self.linear(mixed, f"{layer}.out")))
+            x = g.op("Add", x, g.op("Mul", gate1, self.linear(mixed, f"{layer}.out", coarse=True)))
             hidden = self._adapted(x, shift2, scale2)
-            gate, up = g.split(self.linear(hidden, f"{layer}.gate_up"), 2, 2)
-            down = self.linear(g.op("Mul", silu(g, gate), up), f"{layer}.down")
+            gate, up = g.split(self.linear(hidden, f"{layer}.gate_up", coarse=True), 2, 2)
+            down = self.linear(g.op("Mul", silu(g, gate), up), f"{layer}.down", coarse=True)
             return g.op("Add", x, g.op("Mul", gate2, down))
 
     def _mixed(self, q: str, k: str, v: str, bias: str) -> str:

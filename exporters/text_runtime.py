@@ -17,17 +17,14 @@ from devices import meter
 from edgetrain.errors import BadInput, BudgetBroken
 from edgetrain.noise import euler_coefficients, masking_block
 from edgetrain.randomness import Purpose, Stream, normal
-from edgetrain.units import MIB, format_bytes
+from edgetrain.units import format_bytes
 from exporters.manifest import MODEL_DATA, WEIGHTS, TextManifest
-from exporters.runtime import Floats, model_errors, open_model, unit_rows
+from exporters.runtime import COPIES, ROOM_BYTES, Floats, model_errors, open_model, unit_rows
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Tokens = NDArray[np.int64]
-
-_ROOM_BYTES = 64 * MIB
-"""What onnxruntime takes for itself and for a graph that runs."""
 
 
 class TextRunner:
@@ -54,7 +51,8 @@ class TextRunner:
 
     def fits(self, budget_bytes: int) -> bool:
         """Whether all graphs may stay open."""
-        return meter.usage().resident_bytes + self.weights_bytes + _ROOM_BYTES <= budget_bytes
+        weights_bytes = self.weights_bytes * COPIES[self.manifest.storage]
+        return meter.usage().resident_bytes + weights_bytes + ROOM_BYTES <= budget_bytes
 
     def run(self, block: int, given: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
         """All outputs of a block's graph, by name; the inputs that it has no use for are left out.
@@ -72,7 +70,8 @@ class TextRunner:
         wanted = {one.name for one in model.get_inputs()}
         with model_errors(self._folder / file):
             outputs = model.run(names, {name: array for name, array in given.items() if name in wanted})
-            found = dict(zip(names, outputs, strict=True))
+        # What onnxruntime gives keeps all memory alive that the graph ran in.
+        found = dict(zip(names, outputs if self._keeps else map(np.array, outputs), strict=True))
         logits = found.get("logits")
         if logits is None or logits.shape != (*given["input_ids"].shape, self.manifest.vocab_size):
             raise BadInput(f"{self._folder / file} does not compute what the manifest says")
@@ -104,10 +103,13 @@ class TextRunner:
         )
         return outputs, {name: outputs[name.replace("past_key_values", "present")] for name in past}
 
-    def unmasking_logits(self, tokens: Tokens, t: float) -> Floats:
-        """Of masked tokens (n, length) by the block that owns t, (n, length, vocab_size)."""
+    def unmasking_logits(self, tokens: Tokens, t: float, block: int | None = None) -> Floats:
+        """Of masked tokens (n, length) by a block, that which owns t if none is named, (n, length, vocab_size)."""
         manifest = self.manifest
-        block = 0 if manifest.single_file else masking_block(manifest.schedule.num_blocks, t)
+        if manifest.single_file:
+            block = 0
+        elif block is None:
+            block = masking_block(manifest.schedule.num_blocks, t)
         ts = np.full(1 if manifest.single_file else len(tokens), t, np.float32)
         return self.run(block, {"input_ids": tokens, "t": ts})["logits"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from edgetrain.noise import euler_coefficients
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
-from exporters.graph import Graph
+from exporters.graph import Graph, Storage
 from exporters.noised import NoisedRows, clean_condition, embedded_noise, silu
 
 _EPS = 1e-6  # of layer norm
@@ -24,12 +24,12 @@ KeyValue = tuple[str, str]
 """Keys (n, heads, width / heads, tokens) and values (n, heads, tokens, width / heads)."""
 
 
-def denoiser(spec: Spec, block: int, shapes: Shapes) -> Graph:
+def denoiser(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """One block: images (n, C, H, W), z (n, width), sigma (n,) -> logits (n, classes), denoised (n, width).
 
     ``denoised`` is the mean of the unit codebook rows under the softmax of the logits: the D of the Euler step.
     """
-    graph, width = Graph(f"block{block:02d}", shapes), spec.image_model.width
+    graph, width = Graph(f"block{block:02d}", shapes, storage), spec.image_model.width
     images, z, sigma = (
         graph.input("images", *spec.image_model.image_shape),
         graph.input("z", width),
@@ -41,10 +41,10 @@ def denoiser(spec: Spec, block: int, shapes: Shapes) -> Graph:
     return graph
 
 
-def chain(spec: Spec, shapes: Shapes) -> Graph:
+def chain(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """As many Euler steps as blocks, unrolled: images (n, C, H, W), unit normal noise (n, width) -> logits of the
     last step and of the first, which is at sigma_max, each (n, classes)."""
-    graph, width, classes = Graph("chain", shapes), spec.image_model.width, spec.image_model.num_classes
+    graph, width, classes = Graph("chain", shapes, storage), spec.image_model.width, spec.image_model.num_classes
     images, noise = graph.input("images", *spec.image_model.image_shape), graph.input("noise", width)
     schedule = spec.diffusion_blocks.noise
     grid = schedule.grid(spec.num_blocks)
@@ -62,9 +62,9 @@ def chain(spec: Spec, shapes: Shapes) -> Graph:
     return graph
 
 
-def classifier(spec: Spec, shapes: Shapes) -> Graph:
+def classifier(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """A model trained as a whole: images (n, C, H, W) -> logits (n, classes)."""
-    graph = Graph("classifier", shapes)
+    graph = Graph("classifier", shapes, storage)
     images = graph.input("images", *spec.image_model.image_shape)
     graph.output("logits", _Classifier(graph, spec).run(images), spec.image_model.num_classes)
     return graph
@@ -94,9 +94,11 @@ class Transformer:
         """x (n, tokens, width) -> the new tokens, and the keys and values of x. ``seen`` is attended to as well."""
         g, model = self.graph, self.spec.image_model
         with g.scope(layer):
-            modulation = g.op("Unsqueeze", g.linear(condition, f"{layer}.modulation"), g.ints(1))  # (m, 1, 6 width)
+            modulation = g.op(
+                "Unsqueeze", g.linear(condition, f"{layer}.modulation", coarse=True), g.ints(1)
+            )  # (m, 1, 6 width)
             shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2)
-            qkv = g.split(g.linear(self._modulate(x, shift1, scale1), f"{layer}.qkv", tokens), 3, 2)
+            qkv = g.split(g.linear(self._modulate(x, shift1, scale1), f"{layer}.qkv", tokens, coarse=True), 3, 2)
             q, k, v = (g.reshape(part, -1, tokens, model.heads, model.width // model.heads) for part in qkv)
             q = g.op("Transpose", q, perm=[0, 2, 1, 3])
             k = g.op("Transpose", k, perm=[0, 2, 3, 1])
@@ -107,10 +109,10 @@ class Transformer:
             q = g.op("Mul", q, g.floats((model.width // model.heads) ** -0.5))
             scores = g.op("Softmax", g.op("MatMul", q, k), axis=-1)  # (n, heads, tokens, all tokens)
             mixed = g.op("Transpose", g.op("MatMul", scores, v), perm=[0, 2, 1, 3])
-            mixed = g.linear(g.reshape(mixed, -1, tokens, model.width), f"{layer}.out", tokens)
+            mixed = g.linear(g.reshape(mixed, -1, tokens, model.width), f"{layer}.out", tokens, coarse=True)
             x = g.op("Add", x, g.op("Mul", gate1, mixed))
-            hidden = g.linear(self._modulate(x, shift2, scale2), f"{layer}.up", tokens)
-            hidden = g.linear(g.op("Gelu", hidden, approximate="tanh"), f"{layer}.down", tokens)
+            hidden = g.linear(self._modulate(x, shift2, scale2), f"{layer}.up", tokens, coarse=True)
+            hidden = g.linear(g.op("Gelu", hidden, approximate="tanh"), f"{layer}.down", tokens, coarse=True)
             return g.op("Add", x, g.op("Mul", gate2, hidden)), own
 
     def _logits(self, output: str, condition: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgetrain.checkpoint import convert
 from edgetrain.errors import UsageError
@@ -24,15 +24,17 @@ from edgetrain.stages import stages_of_block
 from edgetrain.store import disk
 from edgetrain.store.layout import SECTION_ALIGNMENT, align
 from edgetrain.units import format_bytes
-from exporters.graph import External
+from exporters.graph import External, Stored, message_of
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, TensorProto
+    from onnx import ModelProto
 
 FORMAT = "edgetrain.weights"
 MAX_MODEL_BYTES = 2**31 - 1
 """What a protobuf message can hold."""
 _CHUNK_BYTES = 1 << 20
+_TILE_BYTES = 8 << 20
+_LEVELS, _ZERO_POINT = 127, 128  # of int8
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return 4 * math.prod(self.shape)
 
 
 class Weights:
@@ -90,18 +88,72 @@ class Weights:
     def __getitem__(self, name: str) -> Weight:
         return self._weights[name]
 
-    def chunks(self, weight: Weight) -> Iterator[memoryview]:
+    def chunks(self, stored: Stored) -> Iterator[memoryview]:
         """The bytes in order; each chunk is gone when the next one is asked for."""
+        if stored.form == "int8":
+            yield from self._quantised(stored)
+        elif stored.form == "scale":
+            yield self._scales(stored).view(np.uint8).data
+        else:
+            for values in self._stored(self[stored.name]):
+                try:
+                    yield convert(values, "F32", stored.dtype).view(np.uint8).data
+                except OverflowError as error:
+                    raise UsageError(
+                        f"{stored.name} does not fit {stored.dtype}: {error}", "Export as fp32."
+                    ) from error
+
+    def _stored(self, weight: Weight) -> Iterator[NDArray[np.float32]]:
+        """Its elements in order."""
         for part in weight.parts:
-            for done in range(0, part.nbytes, _CHUNK_BYTES):
+            for done in range(0, part.nbytes, len(self._buffer)):
                 chunk = self._buffer[: part.nbytes - done]
                 self._store.read(part.stage, part.role, chunk, part.offset + done)
-                yield chunk if part.dtype == "F32" else _widened(chunk, part.dtype)
+                values = np.frombuffer(chunk, {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[part.dtype])
+                yield values if part.dtype == "F32" else convert(values, part.dtype, "F32")
+
+    def _rows(self, weight: Weight) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(number of the first, some rows) of a matrix, in order."""
+        width = weight.shape[1]
+        first, left = 0, np.empty(0, np.float32)
+        for some in self._stored(weight):
+            values = np.concatenate([left, some])
+            count = len(values) // width
+            left = values[count * width :].copy()
+            if count:
+                yield first, values[: count * width].reshape(count, width)
+            first += count
+
+    def _scales(self, stored: Stored) -> NDArray[np.float32]:
+        """Of each output channel, its largest element over 127, (out,); 1 where all are 0."""
+        source = self[stored.source]
+        largest = np.zeros(source.shape[stored.channels], np.float32)
+        for first, rows in self._rows(source):
+            if stored.channels == 0:
+                largest[first : first + len(rows)] = np.abs(rows).max(1)
+            else:
+                np.maximum(largest, np.abs(rows).max(0), out=largest)
+        return np.where(largest > 0, largest / np.float32(_LEVELS), np.float32(1))
+
+    def _quantised(self, stored: Stored) -> Iterator[memoryview]:
+        """(in, out): of a matrix (out, in) some columns at a time, for which it is read again."""
+        source, scales = self[stored.source], self._scales(stored)
+        if stored.channels == 1:
+            for _, rows in self._rows(source):
+                yield _levels(rows / scales).reshape(-1).data
+            return
+        num_in, num_out = stored.shape
+        at_once = max(1, _TILE_BYTES // num_out)
+        for start in range(0, num_in, at_once):
+            tile = np.empty((min(at_once, num_in - start), num_out), np.uint8)
+            for first, rows in self._rows(source):
+                those = slice(first, first + len(rows))
+                tile[:, those] = _levels(rows[:, start : start + at_once] / scales[those, None]).T
+            yield tile.reshape(-1).data
 
 
-def _widened(chunk: memoryview, dtype: str) -> memoryview:
-    stored = np.frombuffer(chunk, {"F16": np.float16, "BF16": np.uint16}[dtype])
-    return convert(stored, dtype, "F32").view(np.uint8).data
+def _levels(quotients: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return (np.rint(quotients) + _ZERO_POINT).astype(np.uint8)
 
 
 class Output:
@@ -130,7 +182,7 @@ def writing(path: Path, expected_bytes: int = 0) -> Iterator[Output]:
         yield Output(fd, path.name)
 
 
-def write_safetensors(path: Path, weights: Weights, names: Iterable[str]) -> tuple[Output, dict[str, External]]:
+def write_safetensors(path: Path, weights: Weights, stored: Iterable[Stored]) -> tuple[Output, dict[str, External]]:
     """A safetensors file of the weights, each at a multiple of the page size so that a runtime can map it.
 
     The format allows no gaps: padding is tensors too, called ``pad.0``, ``pad.1``, ... as in the slots.
@@ -138,24 +190,25 @@ def write_safetensors(path: Path, weights: Weights, names: Iterable[str]) -> tup
     Returns:
         The finished file, and the place of each weight in it.
     """
-    header, offsets, end = _safetensors_header([weights[name] for name in names])
+    members = {one.name: one for one in stored}
+    header, offsets, end = _safetensors_header(list(members.values()))
     with writing(path, end) as out:
         out.write(header)
         for name, offset in offsets.items():
             out.write(bytes(offset - out.num_bytes))
-            for chunk in weights.chunks(weights[name]):
+            for chunk in weights.chunks(members[name]):
                 out.write(chunk)
         out.write(bytes(end - out.num_bytes))
-    return out, {name: External(path.name, offset, weights[name].nbytes) for name, offset in offsets.items()}
+    return out, {name: External(path.name, offset, members[name].nbytes) for name, offset in offsets.items()}
 
 
-def _safetensors_header(weights: Sequence[Weight]) -> tuple[bytes, dict[str, int], int]:
+def _safetensors_header(weights: Sequence[Stored]) -> tuple[bytes, dict[str, int], int]:
     """The first bytes of the file, the position in it of each weight, and its size."""
     content: dict[str, object] = {"__metadata__": {"format": FORMAT, "version": "1"}}
     begins, end = {}, 0
     for number, weight in enumerate(weights):
         begins[weight.name], end = end, end + weight.nbytes
-        entry = {"dtype": "F32", "shape": weight.shape, "data_offsets": (end - weight.nbytes, end)}
+        entry = {"dtype": weight.dtype, "shape": weight.shape, "data_offsets": (end - weight.nbytes, end)}
         content[weight.name] = entry
         if padding := align(end, SECTION_ALIGNMENT) - end:
             entry = {"dtype": "U8", "shape": (padding,), "data_offsets": (end, end + padding)}
@@ -168,7 +221,7 @@ def _safetensors_header(weights: Sequence[Weight]) -> tuple[bytes, dict[str, int
 
 
 def write_model(
-    path: Path, model: ModelProto, weights: Weights, names: Iterable[str]
+    path: Path, model: ModelProto, weights: Weights, stored: Iterable[Stored]
 ) -> tuple[Output, dict[str, External]]:
     """A model's file with the weights inside, added to those that ``model`` holds; of ``model`` no graph is left.
 
@@ -183,7 +236,7 @@ def write_model(
     """
     from onnx import GraphProto, ModelProto
 
-    tensors = [(weights[name], _tensor_start(weights[name])) for name in names]
+    tensors = [(one, _tensor_start(one)) for one in stored]
     fields = [
         _field(GraphProto.INITIALIZER_FIELD_NUMBER, len(start) + weight.nbytes) + start for weight, start in tensors
     ]
@@ -208,12 +261,11 @@ def write_model(
     return out, places
 
 
-def _tensor_start(weight: Weight) -> bytes:
+def _tensor_start(weight: Stored) -> bytes:
     """A serialised TensorProto up to the first byte of its data."""
     from onnx import TensorProto
 
-    tensor: TensorProto = TensorProto(name=weight.name, dims=weight.shape, data_type=TensorProto.FLOAT)
-    return tensor.SerializeToString() + _field(TensorProto.RAW_DATA_FIELD_NUMBER, weight.nbytes)
+    return message_of(weight).SerializeToString() + _field(TensorProto.RAW_DATA_FIELD_NUMBER, weight.nbytes)
 
 
 def _field(number: int, num_bytes: int) -> bytes:

@@ -75,6 +75,10 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
     assert made["peak_bytes"] <= made["budget_bytes"]
     assert made["text"].startswith("In the" if family == "masked" else "")
     # Likeliest tokens: among drawn ones, logits that are nearly equal after four steps change places by their rounding.
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[7:1000])
+    given = ("--data", other, *(("--euler-steps", 2) if family == "recurrent" and objective == "exact" else ()))
+    costs = {row["readout"]: row["value"] for row in run("evaluate", session, *given, *threads)["results"]}
     likeliest = ("--prompt", prompt, "--max-tokens", 5, *threads)
     made = run("generate", session, *likeliest)
     for single_file in (False, True):
@@ -86,6 +90,12 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
         assert written["peak_bytes"] < 120 << 20, "torch was imported"
         if not single_file or objective == "exact" or family == "masked":
             assert written["text"] == made["text"]
+        (bits, _) = run("evaluate", exported, "--data", other, *threads)["results"]
+        assert bits["value"] == pytest.approx(costs[bits["readout"]], rel=1e-5)
+        readout = "sigma_max-mode" if single_file else "sigma_max"
+        assert bits["readout"] == ("elbo" if family == "masked" else "whole" if objective == "exact" else readout)
+    assert "no text of its own" in run("evaluate", exported, exit_code=2)["message"]
+    run("evaluate", exported, "--data", other, "--split", "test", exit_code=2)
     # By blocks a single graph begins at z = 0, where nothing is drawn.
     takes_steps = family == "masked" or objective == "exact"
     said = run("generate", exported, *likeliest, "--steps", 2, exit_code=0 if takes_steps else 2)

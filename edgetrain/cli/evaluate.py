@@ -64,16 +64,24 @@ def command(
     the mean square error of a denoised pixel at some noise levels. Of a language model, the mean loss of a token and
     the perplexity on the text held out (--split test), or on what it was trained on. Of one trained from the beginning,
     bits a token: at sigma_max, and a bound of the chain; by masked diffusion's bound; and of a recurrent one for
-    several numbers of runs of its core.
+    several numbers of runs of its core. Of a language model that was exported to ONNX, without torch, the cost of a
+    token of all of --data.
 
     \b
     Example:
       edgetrain evaluate my-session --json
     """
     options.check_device(device)
+    from edgetrain.cli.exported import evaluate as evaluate_exported
+    from edgetrain.cli.exported import is_exported
     from edgetrain.session import Session
     from edgetrain.spec import LanguageModelSpec, StackSpec, TextModelSpec
 
+    if is_exported(session):
+        if split or euler_steps or draws:
+            raise UsageError("an export is evaluated on all of a text, by its one readout", "Give --data alone.")
+        evaluate_exported(session, data, budget, limit, threads, as_json)
+        return
     found = Session.open(session)
     budget = options.saved_budget(found, budget)
     spec = found.spec

@@ -13,6 +13,7 @@ from edgetrain.errors import UsageError
 if TYPE_CHECKING:
     from edgetrain.session import Session
     from edgetrain.spec import Spec
+    from exporters.graph import Storage
     from exporters.hf_session import Export
 
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
@@ -29,6 +30,10 @@ _HF_NEEDED_BYTES = 8 << 20
     help="onnx; hf, of a pretrained language model: a folder for transformers, or of an adapter one for peft.  [onnx]",
 )
 @click.option("--single-file", is_flag=True, help="onnx: one model.onnx; of a classifier the chain unrolled.")
+@click.option(
+    "--int8", "storage", flag_value="int8", help="onnx: 8-bit matrices in layers, a scale for each output channel."
+)
+@click.option("--fp16", "storage", flag_value="fp16", help="onnx: 16-bit matrices and tables, for GPUs.")
 @click.option("--merge", is_flag=True, help="hf: the whole model, with the LoRA adapter added to its weights.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="hf: the type of the weights.  [as imported]")
 @options.BUDGET
@@ -38,6 +43,7 @@ def command(
     folder: Path,
     kind: str | None,
     single_file: bool,
+    storage: Storage | None,
     merge: bool,
     dtype: str | None,
     budget: int | None,
@@ -50,6 +56,7 @@ def command(
     Example:
       edgetrain export my-session --to my-model
       edgetrain export my-session --to my-model --single-file
+      edgetrain export my-session --to my-model --int8
       edgetrain export my-session --to my-model --format hf --dtype bf16
     """
     from devices.limits import prepare_process
@@ -61,12 +68,12 @@ def command(
     kind = _checked_format(found.spec, kind)
     if single_file and found.spec.model.family == "dit":
         raise UsageError("a generator leaves as a graph for each block", "Leave --single-file out.")
-    given = {"--single-file": single_file, "--merge": merge, "--dtype": dtype}
-    for option in ("--merge", "--dtype") if kind == "onnx" else ("--single-file",):
+    given = {"--single-file": single_file, f"--{storage}": storage, "--merge": merge, "--dtype": dtype}
+    for option in ("--merge", "--dtype") if kind == "onnx" else ("--single-file", f"--{storage}"):
         if given[option]:
             raise UsageError(f"{option} is no option of --format {kind}", "See edgetrain export --help.")
     if kind == "onnx":
-        _export_onnx(found, session, folder, single_file, budget, as_json)
+        _export_onnx(found, session, folder, single_file, storage or "fp32", budget, as_json)
     else:
         _export_hf(found, folder, merge, dtype, budget, as_json)
 
@@ -87,7 +94,13 @@ def _checked_format(spec: Spec, kind: str | None) -> str:
 
 
 def _export_onnx(
-    found: Session, session: Path, folder: Path, single_file: bool, budget: int | None, as_json: bool
+    found: Session,
+    session: Path,
+    folder: Path,
+    single_file: bool,
+    storage: Storage,
+    budget: int | None,
+    as_json: bool,
 ) -> None:
     from edgetrain.cli.reference import referenced
     from edgetrain.units import format_bytes
@@ -96,7 +109,7 @@ def _export_onnx(
     budget = options.saved_budget(found, budget)
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
-    with onnx.stage(found, folder, single_file) as staged:
+    with onnx.stage(found, folder, single_file, storage) as staged:
         rows = parity.check(session, staged.folder, reference, budget)
         export = staged.publish()
     value = {
@@ -104,6 +117,7 @@ def _export_onnx(
         "files": [str(path) for path in export.files],
         "emit_peak_bytes": export.emit_peak_bytes,
         "budget_bytes": budget,
+        "storage": storage,
         "parity": rows,
     }
 

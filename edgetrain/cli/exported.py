@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 from edgetrain.cli import options
+from edgetrain.errors import UsageError
+
+_LENGTH = 512  # of examples, where an export does not say what training had
 
 
 def is_exported(folder: Path) -> bool:
@@ -70,3 +74,48 @@ def write(
         "peak_bytes": meter.usage().peak_bytes, "budget_bytes": budget,
     }  # fmt: skip
     options.emit(value, as_json, lambda: value["text"])
+
+
+def evaluate(
+    folder: Path, data: str | None, budget: int | None, limit: int | None, threads: int, as_json: bool
+) -> None:
+    """What ``edgetrain evaluate`` does for an exported language model, as ``write``."""
+    import click
+
+    from devices.limits import prepare_process, return_freed_memory
+
+    prepare_process(threads)
+    from devices import meter
+    from edgetrain.data.text import TRAIN, open_text
+    from edgetrain.spec import TextSpec
+    from edgetrain.units import format_bytes
+    from exporters.evaluation import evaluate
+    from exporters.manifest import LanguageManifest, Manifest, read
+
+    manifest = read(folder)
+    if isinstance(manifest, Manifest):
+        raise UsageError(f"{folder} is an export of a model of images", "Use edgetrain predict.")
+    if data is None:
+        raise UsageError("an export has no text of its own", "Name one by --data.")
+    length = manifest.length
+    if isinstance(manifest, LanguageManifest) and not length:
+        length = min(manifest.max_length, _LENGTH)
+    seed = 0 if isinstance(manifest, LanguageManifest) else manifest.seed
+    scratch = Path(click.get_current_context().with_resource(options.temporary_folder()))
+    text = TextSpec(source=data, length=length, held_out=0.0)
+    dataset = open_text(text, TRAIN, folder, manifest.vocab_size, scratch, seed)
+    return_freed_memory()
+    found = evaluate(folder, manifest, dataset, threads, budget, limit)
+    bits, perplexity = found.nats / math.log(2), math.exp(min(found.nats, 700))
+    peak = meter.usage().peak_bytes
+    value: dict[str, Any] = {
+        "export": str(folder),
+        "results": [{"metric": "bits_per_token", "readout": found.readout, "value": bits, "nats": found.nats,
+                     "is_bound": found.is_bound}, {"metric": "perplexity", "value": perplexity}],
+        "num_examples": found.num_examples, "num_tokens": found.num_tokens, "peak_bytes": peak, "budget_bytes": budget,
+    }  # fmt: skip
+    most = "at most " if found.is_bound else ""
+    options.emit(value, as_json, lambda: (
+        f"{found.readout}: {most}{bits:.4f} bits a token ({found.nats:.4f} nats), perplexity {most}{perplexity:.2f}\n"
+        f"{found.num_tokens} tokens of {found.num_examples} examples; peak {format_bytes(peak)}"
+    ))  # fmt: skip

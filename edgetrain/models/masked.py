@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetrain.data.batches import TextBatches
+from edgetrain.masking import hidden, texts
 from edgetrain.models.base import Boundary
 from edgetrain.models.text import TextFamily, TextHead, TextNetwork, TextStem, TokenLayer, attend_to_all, cross_entropy
 from edgetrain.noise import masking_band
@@ -70,25 +71,6 @@ class Masked(TextFamily):
         if kind == "stem":
             return Stem(model)
         return TextHead(model) if kind == "head" else Layer(model)
-
-
-def texts(
-    tokens: NDArray[np.int64], targets: NDArray[np.int64], weights: NDArray[np.float32]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Inputs, next tokens and their weights as a data set gives them, each (n, length) -> the texts, -1 where there is
-    padding, and the weight of each token of theirs: a first token counts if the one after it does."""
-    length = tokens.shape[1]
-    whole = np.concatenate([tokens[:, :1], targets], 1)[:, :length]
-    own = np.concatenate([weights[:, :1], weights], 1)[:, :length]
-    # Padding is what comes after the last that counts: no text ends in what does not.
-    last = length - 1 - np.argmax(own[:, ::-1] > 0, 1)
-    is_padding = np.arange(length)[None] > np.where((own > 0).any(1), last, -1)[:, None]
-    return np.where(is_padding, -1, whole), own
-
-
-def hidden(tokens: NDArray[np.int64], is_masked: NDArray[np.bool_], mask: int) -> NDArray[np.int64]:
-    """Texts (n, length) with ``mask`` where they are masked, and in place of padding: it tells nothing."""
-    return np.where(is_masked | (tokens < 0), mask, tokens)
 
 
 class MaskedBatches:

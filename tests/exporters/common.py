@@ -20,6 +20,7 @@ from edgetrain.spec import Spec, TextModelSpec
 from edgetrain.stages import Stage, stages_of_block
 from edgetrain.store.layout import TensorSpec
 from edgetrain.vocabulary import put_tokenizer
+from exporters.graph import Storage
 from exporters.onnx import stage
 
 ROOT = Path(__file__).parents[2]
@@ -91,8 +92,8 @@ def run_python(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-def export(session: Session, to: Path, single_file: bool = False) -> Path:
+def export(session: Session, to: Path, single_file: bool = False, storage: Storage = "fp32") -> Path:
     """``to``, with the session exported to it."""
-    with stage(session, to, single_file) as staged:
+    with stage(session, to, single_file, storage) as staged:
         staged.publish()
     return to

@@ -252,3 +252,12 @@ def test_from_a_session_to_a_text(readable, tmp_path, single_file):
     done = run_cli("predict", to, "--data", "digits")
     assert done.returncode == 7
     assert "edgetrain generate" in done.stderr
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_results_do_not_keep_a_graph_that_is_closed(session_of, tmp_path, keeps):
+    """What onnxruntime returns is a view of memory that it frees when the last of it is gone."""
+    exported(session_of(), tmp_path / "to", False)
+    runner = LanguageRunner(tmp_path / "to", keeps=keeps)
+    _, past = runner.run(random_tokens(150), runner.empty(2))
+    assert all(array.flags.owndata != keeps for pair in past for array in pair)

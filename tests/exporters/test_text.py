@@ -99,3 +99,28 @@ def test_a_core_runs_as_often_as_is_asked(tmp_path: Path) -> None:
         assert np.abs(a - b).max() > 1e-3, number
     expected = model_of(Session.open(tmp_path / "s")).outputs(0, {"input_ids": tokens, "state": state})["logits"]
     np.testing.assert_allclose(by_loops[2], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["fp16", "int8"])
+@pytest.mark.parametrize("name", ["masked", "ar", "recurrent, whole"])
+def test_coarser_weights_are_near(name: str, storage: Any, tmp_path: Path) -> None:
+    family, changes = VARIANTS[name]
+    session = make_session(tmp_path / "s", small(family, **changes))
+    folder = export(session, tmp_path / "x", storage=storage)
+    runner, plain = TextRunner(folder), TextRunner(export(session, tmp_path / "plain"))
+    assert runner.manifest.storage == storage
+    assert runner.weights_bytes < 0.9 * plain.weights_bytes
+    for _, number, inputs in parity.text_cases(session.spec, False):
+        more = {"loops": np.array(session.spec.text_model.loops)} if "state" in inputs else {}
+        tokens = inputs.pop("input_ids")
+        past = runner.empty(number, len(tokens))
+        logits = []
+        for one in (runner, plain):
+            if past:
+                outputs, _ = one.read(number, tokens, past, inputs)
+            else:
+                outputs = one.run(number, {"input_ids": tokens, **inputs, **more})
+            logits.append(outputs["logits"])
+        rtol, atol = parity.tolerance(storage, logits[1], True)
+        np.testing.assert_allclose(*logits, rtol=rtol, atol=atol)
+        assert np.abs(logits[0] - logits[1]).max() > 0
