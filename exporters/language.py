@@ -3,15 +3,14 @@
 One graph has the names of optimum. Inputs: input_ids and position_ids (batch, sequence), attention_mask (batch, past +
 sequence), all int64, and past_key_values.N.key and .value (batch, kv_heads, past, head_dim) of each layer; outputs:
 logits (batch, sequence, vocab_size) and present.N.key and .value. The first call has a past of length 0. Adapters stay
-beside their weights.
+beside their weights, unless they were merged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from edgetrain.adapters import lora_targets
-from edgetrain.architectures import stores_transposed, target_tensors
+from edgetrain.architectures import stores_transposed
 from edgetrain.spec import LanguageModelSpec, Spec
 from edgetrain.stages import rows_of_chunk
 from exporters.graph import Graph, Storage
@@ -91,11 +90,6 @@ class _Model(Sequences):
         super().__init__(graph)
         self.spec, self.model, self.shapes = spec, spec.language, shapes
         self.transposed = stores_transposed(self.model)
-        self.adapted = (
-            {tensor for target in lora_targets(spec) for tensor in target_tensors(self.model, target)}
-            if spec.exact.train == "lora"
-            else set()
-        )
 
     def embedded(self, ids: str, positions: str) -> str:
         """(batch, sequence, width)."""
@@ -188,7 +182,7 @@ class _Model(Sequences):
         """x (n, in) -> (n, out), with its adapter if it has one."""
         g, weight, bias = self.graph, f"{stage}.{name}.weight", f"{stage}.{name}.bias"
         y = g.gemm(x, weight, bias if bias in self.shapes else "", channels=int(self.transposed), coarse=True)
-        if f"{name}.weight" not in self.adapted:
+        if f"{stage}.lora.{name}.lora_A.weight" not in self.shapes:
             return y
         exact = self.spec.exact
         low = g.op("Gemm", x, g.weight(f"{stage}.lora.{name}.lora_A.weight"), transB=1)

@@ -92,22 +92,27 @@ class StagedExport:
 
 
 @contextmanager
-def stage(session: Session, to: Path, single_file: bool, storage: Storage = "fp32") -> Iterator[StagedExport]:
+def stage(
+    session: Session, to: Path, single_file: bool, storage: Storage = "fp32", merge: bool = False
+) -> Iterator[StagedExport]:
     """Emits the session, to be published at ``to``; what was not published by the end is deleted.
 
     Args:
         single_file: the default chain unrolled in one model.onnx, instead of one graph for each block.
         storage: of the large matrices.
+        merge: a LoRA adapter is added to the weights, instead of staying beside them.
 
     Raises:
-        UsageError: ``to`` is something else than an earlier export, or a single file would be too large.
+        UsageError: ``to`` is something else than an earlier export, a single file would be too large, or there is
+            nothing to merge.
         SessionLocked: another process is exporting to ``to``.
         DiskError: the disk is full, read-only, or failed.
     """
     to = to.absolute()
+    check_mergeable(session, merge)
     check_replaceable(to)
     with _scratch_folder(to) as folder:
-        _emit(session, folder, single_file, storage)
+        _emit(session, folder, single_file, storage, merge)
         yield StagedExport(folder, to, usage().peak_bytes)
 
 
@@ -125,6 +130,12 @@ def check_replaceable(to: Path) -> None:
         raise UsageError(f"{to} is not empty and is no export that could be replaced: {error.message}", hint) from error
     if others := sorted(present - {*manifest.files, MANIFEST, PARITY}):
         raise UsageError(f"{to} is an export, but holds other files as well: {', '.join(others)}", hint)
+
+
+def check_mergeable(session: Session, merge: bool) -> None:
+    """There must be an adapter if one is to be merged: UsageError otherwise."""
+    if merge and session.spec.exact.train != "lora":
+        raise UsageError(f"{session.path} has no adapter to merge", "Export it without --merge.")
 
 
 def _beside(to: Path, purpose: str) -> Path:
@@ -154,8 +165,8 @@ def _scratch_folder(to: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _emit(session: Session, folder: Path, single_file: bool, storage: Storage) -> None:
-    weights = Weights(session)
+def _emit(session: Session, folder: Path, single_file: bool, storage: Storage, merge: bool) -> None:
+    weights = Weights(session, merge)
     digest = session.store.digest()
     if isinstance(session.spec.model, LanguageModelSpec):
         _emit_language(session, weights, folder, digest, single_file, storage)

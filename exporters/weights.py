@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.architectures import stores_transposed
 from edgetrain.checkpoint import convert
 from edgetrain.errors import UsageError
 from edgetrain.session import Session
+from edgetrain.spec import LanguageModelSpec
 from edgetrain.stages import stages_of_block
 from edgetrain.store import disk
 from edgetrain.store.layout import SECTION_ALIGNMENT, align
 from edgetrain.units import format_bytes
 from exporters.graph import External, Stored, message_of
+from exporters.hf import merged
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 FORMAT = "edgetrain.weights"
 MAX_MODEL_BYTES = 2**31 - 1
 """What a protobuf message can hold."""
+_LORA = ".lora."
 _CHUNK_BYTES = 1 << 20
 _TILE_BYTES = 8 << 20
 _LEVELS, _ZERO_POINT = 127, 128  # of int8
@@ -58,10 +62,15 @@ class Weight:
 
 
 class Weights:
-    """All weights of a session, as committed when it was opened; what several blocks share is there once."""
+    """All weights of a session, as committed when it was opened; what several blocks share is there once.
 
-    def __init__(self, session: Session) -> None:
+    Args:
+        merge: adapters are added to the weights that they adapt, and are none of their own.
+    """
+
+    def __init__(self, session: Session, merge: bool = False) -> None:
         self._store = session.store
+        self._merge, self._exact, self._model = merge, session.spec.exact, session.spec.model
         self._buffer = memoryview(bytearray(_CHUNK_BYTES))
         self._weights: dict[str, Weight] = {}
         stages = {s.name: s for block in range(session.spec.num_blocks) for s in stages_of_block(session.spec, block)}
@@ -83,7 +92,7 @@ class Weights:
 
     @property
     def shapes(self) -> dict[str, Sequence[int]]:
-        return {name: weight.shape for name, weight in self._weights.items()}
+        return {name: weight.shape for name, weight in self._weights.items() if not (self._merge and _LORA in name)}
 
     def __getitem__(self, name: str) -> Weight:
         return self._weights[name]
@@ -95,7 +104,7 @@ class Weights:
         elif stored.form == "scale":
             yield self._scales(stored).view(np.uint8).data
         else:
-            for values in self._stored(self[stored.name]):
+            for values in self._elements(self[stored.name]):
                 try:
                     yield convert(values, "F32", stored.dtype).view(np.uint8).data
                 except OverflowError as error:
@@ -103,8 +112,19 @@ class Weights:
                         f"{stored.name} does not fit {stored.dtype}: {error}", "Export as fp32."
                     ) from error
 
+    def _elements(self, weight: Weight) -> Iterator[NDArray[np.float32]]:
+        """In order, those of an adapter added where they are to be."""
+        stage, _, name = weight.name.partition(".")
+        factors = [f"{stage}{_LORA}{name.removesuffix('.weight')}.lora_{factor}.weight" for factor in "AB"]
+        if not self._merge or factors[0] not in self._weights:
+            return self._stored(weight)
+        a, b = (np.concatenate([one.copy() for one in self._stored(self[f])]).reshape(self[f].shape) for f in factors)
+        transposed = isinstance(self._model, LanguageModelSpec) and stores_transposed(self._model)
+        scale = self._exact.alpha / self._exact.rank
+        return merged(self._stored(weight), weight.shape, a, b, scale, fan_in_fan_out=transposed)
+
     def _stored(self, weight: Weight) -> Iterator[NDArray[np.float32]]:
-        """Its elements in order."""
+        """Its elements in order, as the session has them."""
         for part in weight.parts:
             for done in range(0, part.nbytes, len(self._buffer)):
                 chunk = self._buffer[: part.nbytes - done]
@@ -116,7 +136,7 @@ class Weights:
         """(number of the first, some rows) of a matrix, in order."""
         width = weight.shape[1]
         first, left = 0, np.empty(0, np.float32)
-        for some in self._stored(weight):
+        for some in self._elements(weight):
             values = np.concatenate([left, some])
             count = len(values) // width
             left = values[count * width :].copy()

@@ -34,7 +34,7 @@ _HF_NEEDED_BYTES = 8 << 20
     "--int8", "storage", flag_value="int8", help="onnx: 8-bit matrices in layers, a scale for each output channel."
 )
 @click.option("--fp16", "storage", flag_value="fp16", help="onnx: 16-bit matrices and tables, for GPUs.")
-@click.option("--merge", is_flag=True, help="hf: the whole model, with the LoRA adapter added to its weights.")
+@click.option("--merge", is_flag=True, help="Add a LoRA adapter to the weights; of hf the whole model.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="hf: the type of the weights.  [as imported]")
 @options.BUDGET
 @options.JSON
@@ -68,12 +68,12 @@ def command(
     kind = _checked_format(found.spec, kind)
     if single_file and found.spec.model.family == "dit":
         raise UsageError("a generator leaves as a graph for each block", "Leave --single-file out.")
-    given = {"--single-file": single_file, f"--{storage}": storage, "--merge": merge, "--dtype": dtype}
-    for option in ("--merge", "--dtype") if kind == "onnx" else ("--single-file", f"--{storage}"):
+    given = {"--single-file": single_file, f"--{storage}": storage, "--dtype": dtype}
+    for option in ("--dtype",) if kind == "onnx" else ("--single-file", f"--{storage}"):
         if given[option]:
             raise UsageError(f"{option} is no option of --format {kind}", "See edgetrain export --help.")
     if kind == "onnx":
-        _export_onnx(found, session, folder, single_file, storage or "fp32", budget, as_json)
+        _export_onnx(found, session, folder, single_file, storage or "fp32", merge, budget, as_json)
     else:
         _export_hf(found, folder, merge, dtype, budget, as_json)
 
@@ -99,6 +99,7 @@ def _export_onnx(
     folder: Path,
     single_file: bool,
     storage: Storage,
+    merge: bool,
     budget: int | None,
     as_json: bool,
 ) -> None:
@@ -106,10 +107,11 @@ def _export_onnx(
     from edgetrain.units import format_bytes
     from exporters import onnx, parity
 
+    onnx.check_mergeable(found, merge)
     budget = options.saved_budget(found, budget)
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
-    with onnx.stage(found, folder, single_file, storage) as staged:
+    with onnx.stage(found, folder, single_file, storage, merge) as staged:
         rows = parity.check(session, staged.folder, reference, budget)
         export = staged.publish()
     value = {

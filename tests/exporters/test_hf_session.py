@@ -451,13 +451,14 @@ def test_a_budget_that_was_broken_on_the_way(lora, tmp_path, monkeypatch):
 
 def test_options_that_do_not_fit(lora, tmp_path):
     to = ["--to", tmp_path / "to"]
-    assert "--merge is no option of --format onnx" in cli_error(2, "export", lora, *to, "--merge")
+    assert "--dtype is no option of --format onnx" in cli_error(2, "export", lora, *to, "--dtype", "bf16")
+    assert "--int8 is no option of --format hf" in cli_error(2, "export", lora, *to, "--format", "hf", "--int8")
     assert "--single-file is no option of --format hf" in cli_error(
         2, "export", lora, *to, "--format", "hf", "--single-file"
     )
     assert "'fp8'" in cli_error(2, "export", lora, *to, "--format", "hf", "--dtype", "fp8")
     classifier = make_session(tmp_path / "c", small_spec()).path
-    assert "--merge is no option of --format onnx" in cli_error(2, "export", classifier, *to, "--merge")
+    assert "has no adapter to merge" in cli_error(2, "export", classifier, *to, "--merge")
     assert "--dtype is no option of --format onnx" in cli_error(2, "export", classifier, *to, "--dtype", "bf16")
     assert "Use --format onnx" in cli_error(2, "export", classifier, *to, "--format", "hf")
     assert nothing_at(tmp_path / "to")

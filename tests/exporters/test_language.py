@@ -12,11 +12,11 @@ import onnx
 import pytest
 import torch
 
-from edgetrain.errors import BadInput, BudgetBroken, ParityFailed
+from edgetrain.errors import BadInput, BudgetBroken, ParityFailed, UsageError
 from edgetrain.session import Session
 from edgetrain.vocabulary import put_tokenizer
+from exporters import hf_session, parity
 from exporters import onnx as emitter
-from exporters import parity
 from exporters.language_runtime import LanguageContext, LanguageRunner
 from exporters.manifest import MANIFEST, MODEL, MODEL_DATA, WEIGHTS, LanguageManifest, Manifest
 from exporters.onnx import stage
@@ -261,3 +261,30 @@ def test_results_do_not_keep_a_graph_that_is_closed(session_of, tmp_path, keeps)
     runner = LanguageRunner(tmp_path / "to", keeps=keeps)
     _, past = runner.run(random_tokens(150), runner.empty(2))
     assert all(array.flags.owndata != keeps for pair in past for array in pair)
+
+
+@pytest.mark.parametrize("storage", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "qwen2"])
+def test_an_adapter_is_merged_or_kept_beside(session_of, tmp_path, name, storage):
+    """Both compute the same, and so does what --format hf merges."""
+    lora = {"exact.rank": 3, "exact.alpha": 6.0, "exact.targets": ["all-linear"]}
+    session = trained(session_of(name, recipe="lora", changes=lora))
+    tokens, found = random_tokens(session.spec.language.vocab_size), {}
+    for merge in (False, True):
+        to = tmp_path / f"merge {merge}"
+        with stage(session, to, False, storage, merge) as staged:
+            staged.publish()
+        runner = LanguageRunner(to)
+        found[merge], _ = runner.run(tokens, runner.empty(2))
+        graph = onnx.load(to / "layer000.onnx", load_external_data=False).graph
+        assert any("lora" in one.name for one in graph.initializer) != merge
+    hf_session.export(session, tmp_path / "hf", merge=True)
+    expected = reference(tmp_path / "hf", tokens)
+    rtol, atol = parity.tolerance(storage, expected, True)
+    for logits in found.values():
+        np.testing.assert_allclose(logits, expected, rtol=rtol, atol=2 * atol)
+
+
+def test_there_is_nothing_to_merge(session_of, tmp_path):
+    with pytest.raises(UsageError, match="no adapter"), stage(session_of(), tmp_path / "to", False, merge=True):
+        pass

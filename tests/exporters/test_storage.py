@@ -10,11 +10,12 @@ from safetensors import safe_open
 
 from exporters import weights as streaming
 from exporters.graph import Graph, Storage, Stored
-from exporters.manifest import WEIGHTS
+from exporters.manifest import WEIGHTS, Manifest
 from exporters.onnx import stage
 from exporters.runtime import open_model
 from exporters.weights import Weights, write_safetensors
 from tests.exporters.common import export, make_session, small_spec
+from tests.test_dit import run
 from tests.test_importing import cut_small, imported, save_model
 
 
@@ -116,3 +117,15 @@ def test_language_models(
         logits.append(runner.run(tokens, runner.empty(2))[0])
     largest = np.abs(logits[0]).max()
     assert 0 < np.abs(logits[1] - logits[0]).max() < {"fp16": 0.02, "int8": 0.2}[storage] * largest
+
+
+@pytest.mark.parametrize("storage", ["fp16", "int8"])
+def test_the_command(tmp_path: Path, storage: str) -> None:
+    """It is compared within its tolerance, and predicts with it."""
+    session = make_session(tmp_path / "s", small_spec({"model.image_shape": [1, 8, 8]})).path
+    to = tmp_path / "x"
+    made = run("export", session, "--to", to, f"--{storage}", "--memory-budget", "400MiB")
+    assert made["storage"] == storage
+    assert all(row["passed"] and row["rtol"] == 0 < row["max_abs"] <= row["atol"] for row in made["parity"])
+    assert Manifest.read(to).storage == storage
+    assert run("predict", to, "--data", "digits", "--threads", 1)["results"]
