@@ -29,7 +29,7 @@ def in_memory(session: Path, steps: int, limit: int) -> dict[str, Any]:
 
     from edgetrain.data.text import open_text
     from edgetrain.models.language import LanguageNetwork
-    from edgetrain.optim import learning_rate
+    from edgetrain.schedule import learning_rate
     from edgetrain.session import Session
 
     opened = Session.open(session)

@@ -73,7 +73,7 @@ class Plain:
         import torch
 
         from edgetrain.activations import Keep
-        from edgetrain.optim import learning_rate
+        from edgetrain.schedule import learning_rate
 
         train, total = self.spec.train, 0.0
         for _ in range(num_steps):
@@ -100,12 +100,12 @@ def measure(folder: Path, width: int, length: int, rounds: int, threads: int) ->
     from edgetrain.blockwise import BlockTrainer
     from edgetrain.data import open_dataset
     from edgetrain.engine import Engine
-    from edgetrain.objectives.base import training_batches
     from edgetrain.objectives.diffusion_blocks import diffusion_blocks
     from edgetrain.probe import measure
     from edgetrain.recipe import load_recipe, resolve
     from edgetrain.stages import group_of_block
     from edgetrain.training import create
+    from edgetrain.training_data import training_batches
 
     folder.mkdir()
     dataset = open_dataset("digits", "train", folder / "scratch-data")

@@ -12,19 +12,19 @@ import torch
 from devices import Device, Tier
 from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory
 from edgetrain.activations import Activations, Keep, Offload, Recompute
-from edgetrain.engine import Settle, SmallerMicroBatch, Step, Trainer, halved, warm_up_kernels
+from edgetrain.engine import Settle, SmallerMicroBatch, Step, Trainer, halved
 from edgetrain.models import build_family
 from edgetrain.models.base import Family, Layer
 from edgetrain.models.codebook import Codebook
 from edgetrain.objectives.base import Block, Objective
-from edgetrain.optim import AdamW, learning_rate
+from edgetrain.optim import AdamW, warm_up_kernels
 from edgetrain.plan import Choice
-from edgetrain.resident import Resident, Settings, Update
+from edgetrain.resident import Resident
+from edgetrain.schedule import block_settings, learning_rate
 from edgetrain.session import BlockProgress, Session
 from edgetrain.spec import ModelSpec, Spec, TextModelSpec
-from edgetrain.stages import Shapes, Stage, largest_block, stages_of_block
+from edgetrain.stages import Shapes, largest_block, stages_of_block
 from edgetrain.store import Transaction
-from edgetrain.store.layout import TensorSpec
 
 
 def build_modules(spec: Spec, family: Family, block: int) -> Block:
@@ -115,7 +115,8 @@ class BlockTrainer(Trainer):
             transaction = settle()
             if norm > self.spec.optimizer.clip:
                 gradient.mul_(self.spec.optimizer.clip / norm)
-            self.resident.update(self.optimizer, transaction.read, transaction.write, self._settings(progress))
+            settings = block_settings(self.session, self.block.index, progress, self.family.decays)
+            self.resident.update(self.optimizer, transaction.read, transaction.write, settings)
         lr = learning_rate(self.spec.optimizer, step, self.spec.train.steps)
         good = loss if math.isfinite(norm) else None
         return Step(self.block.index, step, good, norm, lr, time.perf_counter() - began)
@@ -166,21 +167,3 @@ class BlockTrainer(Trainer):
 
     def _to_device(self, draw: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         return {name: torch.from_numpy(array).to(self.device.torch_device) for name, array in draw.items()}
-
-    def _settings(self, progress: BlockProgress) -> Settings:
-        """How each parameter is updated in the step after ``progress``: a private or only block's own step decides,
-        for a stage that several blocks share the progress of all of them."""
-        total, block = self.spec.train.steps, self.block.index
-        own_lr = learning_rate(self.spec.optimizer, progress.step, total)
-        others = (self.session.progress(other) for other in range(self.spec.num_blocks) if other != block)
-        everywhere = [progress, *others] if self.spec.diffusion_blocks.has_shared else [progress]
-        all_lr = learning_rate(self.spec.optimizer, sum(p.step for p in everywhere), total * self.spec.num_blocks)
-        all_updates = sum(p.updates for p in everywhere)
-
-        def settings(stage: Stage, tensor: TensorSpec) -> Update:
-            decays = self.family.decays(tensor.name, tensor.shape)
-            if stage.sharing == "shared":
-                return Update(all_lr, all_updates + 1, decays)
-            return Update(own_lr, progress.updates + 1, decays)
-
-        return settings

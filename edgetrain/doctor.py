@@ -24,7 +24,6 @@ from edgetrain.models import build_network
 from edgetrain.models.base import Boundary, Network
 from edgetrain.models.mixed_precision import in_precision
 from edgetrain.moves import widened
-from edgetrain.objectives.base import training_batches
 from edgetrain.plan import StreamedChoice
 from edgetrain.resident import Resident
 from edgetrain.session import Session
@@ -32,6 +31,7 @@ from edgetrain.spec import ModelSpec, Spec, StackSpec, TextModelSpec
 from edgetrain.stages import ExactStages, Stage, Unit, exact_stages, rows_of_chunk
 from edgetrain.store.layout import StageLayout
 from edgetrain.streamed import StreamedTrainer
+from edgetrain.training_data import training_batches
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
 """By what is computed in: of products in bf16, which has 8 bits, a loss in float64 differs by as much."""

@@ -12,14 +12,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
-from devices import Device
-from devices.limits import is_out_of_memory
 from edgetrain.errors import BudgetBroken, TrainingDiverged
-from edgetrain.optim import AdamW
 from edgetrain.session import BlockProgress, Session
-from edgetrain.spec import OptimizerSpec
 from edgetrain.stages import group_of_block
 from edgetrain.store import Transaction
 
@@ -121,17 +115,6 @@ class Trainer(abc.ABC):
     def is_sensible(self, loss: float) -> bool:
         """Whether a step with this loss is to be made. A NaN is not."""
         return math.isfinite(loss) and loss <= _HOPELESS_LOSS * self.guess
-
-
-def warm_up_kernels(device: Device) -> None:
-    """Runs what a step needs beside forward and backward once: the norm, the optimizer, a failing allocation."""
-    small = [torch.zeros(16, device=device.torch_device) for _ in range(4)]
-    torch.linalg.vector_norm(small[0]).item()
-    AdamW(OptimizerSpec()).update(*([one] for one in small), number=1, lr=0.0, decays=True)
-    try:  # the code of the error path is read in now, not when memory is short
-        torch.empty(1 << 50, dtype=torch.uint8)
-    except RuntimeError as error:
-        is_out_of_memory(error)
 
 
 def halved(micro_batch: int, step: int, reason: str) -> int:

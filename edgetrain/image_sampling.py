@@ -20,11 +20,11 @@ from torch import Tensor
 from devices import Device
 from edgetrain.blockwise import bind
 from edgetrain.data import Dataset, to_float
-from edgetrain.engine import warm_up_kernels
 from edgetrain.models import build_family
 from edgetrain.models.base import Boundary
 from edgetrain.models.dit import DenoisingNetwork, denoised, enter
 from edgetrain.noise import euler_coefficients, loss_weight
+from edgetrain.optim import warm_up_kernels
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
 from edgetrain.sampling import CHUNK_BYTES, Batched, bound

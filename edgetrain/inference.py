@@ -22,12 +22,12 @@ from devices.limits import is_out_of_memory, return_freed_memory
 from edgetrain.boundaries import Boundaries
 from edgetrain.checkpoint import Checkpoint
 from edgetrain.data.text import TextDataset
-from edgetrain.engine import warm_up_kernels
 from edgetrain.errors import BudgetBroken, BudgetInfeasible
 from edgetrain.governor import Governor
 from edgetrain.models.attention import KeyValue
 from edgetrain.models.base import Boundary
 from edgetrain.models.language import LanguageNetwork
+from edgetrain.optim import warm_up_kernels
 from edgetrain.pieces import buffer_bytes
 from edgetrain.resident import Resident
 from edgetrain.session import Session

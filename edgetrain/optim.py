@@ -1,30 +1,20 @@
-"""AdamW over flat buffers, and the learning rate as a function of progress.
+"""AdamW over flat buffers.
 
 torch's fused kernel is called directly: constructing ``torch.optim.AdamW`` imports the compiler stack, some 70 MiB.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
+from devices import Device
+from devices.limits import is_out_of_memory
 from edgetrain.randomness import Stream, words
 from edgetrain.spec import OptimizerSpec
 
 _ELEMENTS_PER_SAMPLE = 16  # 16 bits for each, of four 64-bit words
-
-
-def learning_rate(spec: OptimizerSpec, step: int, total: int) -> float:
-    """Of optimizer step ``step`` (from 0) out of ``total``: linear warm-up, then as ``spec.schedule`` says."""
-    warmup = max(1, round(spec.warmup * total)) if spec.warmup else 0
-    if step < warmup:
-        return spec.lr * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return spec.lr * (spec.final_lr + (1 - spec.final_lr) * shape[spec.schedule])
 
 
 @torch.no_grad()
@@ -79,3 +69,14 @@ class AdamW:
             amsgrad=False,
             maximize=False,
         )
+
+
+def warm_up_kernels(device: Device) -> None:
+    """Runs what a step needs beside forward and backward once: the norm, the optimizer, a failing allocation."""
+    small = [torch.zeros(16, device=device.torch_device) for _ in range(4)]
+    torch.linalg.vector_norm(small[0]).item()
+    AdamW(OptimizerSpec()).update(*([one] for one in small), number=1, lr=0.0, decays=True)
+    try:  # the code of the error path is read in now, not when memory is short
+        torch.empty(1 << 50, dtype=torch.uint8)
+    except RuntimeError as error:
+        is_out_of_memory(error)

@@ -36,8 +36,8 @@ def _measure_streamed(spec: Spec, device_kind: str, budget_bytes: int) -> dict[s
     from edgetrain import streamed_probe
     from edgetrain.importing import language_shapes
     from edgetrain.models import build_network
-    from edgetrain.objectives.base import training_batches
     from edgetrain.spec import LanguageModelSpec, StackSpec
+    from edgetrain.training_data import training_batches
 
     if isinstance(spec.model, LanguageModelSpec):
         network = build_network(spec, _text(spec))
@@ -90,14 +90,15 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
     import devices
     from edgetrain.activations import Activations, Keep, Offload, Recompute
     from edgetrain.blockwise import bind, build_modules
-    from edgetrain.engine import warm_up_kernels
     from edgetrain.models import build_family
-    from edgetrain.objectives.base import Block, Objective, training_batches
+    from edgetrain.objectives.base import Block, Objective
     from edgetrain.objectives.diffusion_blocks import diffusion_blocks
+    from edgetrain.optim import warm_up_kernels
     from edgetrain.plan import ACTIVATIONS, largest_micro_batch
     from edgetrain.resident import Resident
     from edgetrain.spec import ModelSpec, TextModelSpec
     from edgetrain.stages import largest_block, stages_of_block
+    from edgetrain.training_data import training_batches
 
     model, tokens = spec.model, spec.tokens_per_example
     assert isinstance(model, (ModelSpec, TextModelSpec))

@@ -8,7 +8,7 @@ all is fp32; what is stored in another type is converted on its way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from devices import Buffer, Device, Tier
 from edgetrain.moves import Move, in_order, reading, writing
 from edgetrain.optim import AdamW, round_to_bf16
 from edgetrain.pieces import ITEM_BYTES, Piece, buffer_bytes, pieces, without_tiled
-from edgetrain.randomness import Stream
+from edgetrain.schedule import Settings, Update
 from edgetrain.stages import Stage
 from edgetrain.store.layout import StageLayout, TensorSpec
 from edgetrain.tiles import Tiles
@@ -64,23 +64,6 @@ class Part:
     weight: Tensor | None
     gradient: Tensor | None
     moments: Sequence[Tensor]
-
-
-@dataclass(frozen=True)
-class Update:
-    """How one parameter is updated: learning rate, count of its updates from 1, and whether decay applies.
-
-    ``rounding``: the stream that decides how new weights are rounded to bf16, where they are stored so.
-    """
-
-    lr: float
-    number: int
-    decays: bool
-    rounding: Stream | None = None
-
-
-Settings = Callable[[Stage, TensorSpec], Update]
-"""How a parameter is updated, by its stage and name."""
 
 
 class Resident:

@@ -20,7 +20,6 @@ from devices import Device
 from devices.limits import is_out_of_memory, return_freed_memory
 from edgetrain.blockwise import bind
 from edgetrain.data import Dataset, to_float
-from edgetrain.engine import warm_up_kernels
 from edgetrain.errors import BudgetBroken
 from edgetrain.governor import Governor
 from edgetrain.models import build_family
@@ -29,6 +28,7 @@ from edgetrain.models.codebook import enter, network_input, read_out
 from edgetrain.models.vit import ClassifierNetwork, Stem, ViTLayer
 from edgetrain.noise import euler_coefficients
 from edgetrain.objectives.base import Block
+from edgetrain.optim import warm_up_kernels
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
 from edgetrain.session import Session

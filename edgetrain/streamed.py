@@ -21,14 +21,15 @@ from devices import Device, Tier
 from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory
 from edgetrain.activations import SMALLEST_OFFLOADED_BYTES, Activations, Keep, Offload
 from edgetrain.boundaries import Boundaries, Spill
-from edgetrain.engine import Rewind, Settle, SmallerMicroBatch, Step, Trainer, halved, warm_up_kernels
+from edgetrain.engine import Rewind, Settle, SmallerMicroBatch, Step, Trainer, halved
 from edgetrain.models.base import Boundary, Network
 from edgetrain.models.mixed_precision import in_precision
-from edgetrain.optim import AdamW, learning_rate
+from edgetrain.optim import AdamW, warm_up_kernels
 from edgetrain.plan import StreamedChoice
 from edgetrain.randomness import Purpose, Stream
 from edgetrain.residency import Residency, Source, rows_of
-from edgetrain.resident import Resident, Settings, Update
+from edgetrain.resident import Resident
+from edgetrain.schedule import Settings, Update, learning_rate
 from edgetrain.session import BlockProgress
 from edgetrain.stages import ExactStages, Stage, Unit, exact_stages, rows_of_chunk
 from edgetrain.store import Transaction

@@ -19,8 +19,8 @@ import torch
 
 import devices
 from devices import Device, limits, meter
-from edgetrain.engine import warm_up_kernels
 from edgetrain.models.base import Network
+from edgetrain.optim import warm_up_kernels
 from edgetrain.plan import StreamedChoice
 from edgetrain.spec import Spec
 from edgetrain.stages import ExactStages, Shapes, Stage, Unit, exact_stages

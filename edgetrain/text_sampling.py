@@ -21,7 +21,6 @@ from devices import Device
 from edgetrain import masking
 from edgetrain.blockwise import bind, build_modules
 from edgetrain.data.tokens import TextDataset
-from edgetrain.engine import warm_up_kernels
 from edgetrain.generation import Sampling, unmask
 from edgetrain.models import autoregressive, build_family, build_network, recurrent
 from edgetrain.models.attention import KeyValue
@@ -31,6 +30,7 @@ from edgetrain.models.masked import masked_logits
 from edgetrain.models.recurrent import first_state
 from edgetrain.models.text import TextNetwork
 from edgetrain.noise import euler_coefficients, masking_block
+from edgetrain.optim import warm_up_kernels
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.resident import Resident
 from edgetrain.sampling import CHUNK_BYTES, Batched, bound

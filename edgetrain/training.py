@@ -105,7 +105,7 @@ def create(
 
 def _trainer(session: Session, device: Device, plan: Plan, dataset: Any) -> Trainer:
     """The trainer of the session's objective, as planned."""
-    from edgetrain.objectives.base import training_batches
+    from edgetrain.training_data import training_batches
 
     spec = session.spec
     if isinstance(plan.choice, Choice):

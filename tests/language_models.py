@@ -21,7 +21,6 @@ from edgetrain.engine import Engine, Step
 from edgetrain.importing import language_shapes
 from edgetrain.models import build_network
 from edgetrain.models.base import Network
-from edgetrain.objectives.base import training_batches
 from edgetrain.plan import StreamedChoice
 from edgetrain.recipe import resolve
 from edgetrain.session import Session
@@ -31,6 +30,7 @@ from edgetrain.store import Place
 from edgetrain.store.layout import TensorSpec
 from edgetrain.streamed import StreamedTrainer
 from edgetrain.streamed_probe import shapes_of
+from edgetrain.training_data import training_batches
 
 VOCABULARY = 150  # in stages of 64 rows: two whole ones and one of 22
 LENGTH = 16

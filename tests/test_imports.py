@@ -33,6 +33,12 @@ NO_TORCH = (
     "importing",
     "planning",
     "streamed_plan",
+    "masking",
+    "schedule",
+    "training_data",
+    "vit_parameters",
+    "engine",
+    "governor",
 )
 # From the bottom up: a module imports from its own layer and from those before it.
 LAYERS = (
@@ -41,9 +47,9 @@ LAYERS = (
     ("spec",),
     ("recipe",),
     ("architectures", "checkpoint", "stages", "pieces", "moves"),
-    ("adapters", "generation", "stack", "vocabulary"),
+    ("adapters", "generation", "masking", "stack", "vocabulary", "training_data", "vit_parameters"),
     ("plan", "governor", "session"),
-    ("importing", "streamed_plan", "planning"),
+    ("importing", "streamed_plan", "planning", "schedule"),
     ("models", "optim", "activations", "tiles", "resident", "residency", "boundaries", "table", "objectives"),
     ("engine",),
     ("blockwise", "streamed"),

@@ -8,7 +8,7 @@ condition, so they serve any number of denoising steps; with one stream all toke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from edgetrain.models.base import Boundary, Family, Layer, Network
 from edgetrain.noise import time_frequencies
 from edgetrain.spec import ModelSpec, Spec
+from edgetrain.training_data import Batches
+from edgetrain.vit_parameters import decays, initial_values
 
 NUM_FREQUENCIES = 32
 _EPS = 1e-6
 # Positions must count beside patches of size 1: with the usual .02 the digits end 45 points lower after 400 steps.
-_POSITION_STD = 0.5
 
 KeyValue = tuple[Tensor, Tensor]
-
-Batches = Callable[[int, int, int, int], tuple[Any, Any]]
-"""(stage, step, first, count) -> images (count, C, H, W) float32 in [-1, 1] and labels (count,)."""
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -196,19 +194,6 @@ class ClassifierStem(nn.Module):
         return Boundary({"tokens": torch.cat([token, patches], 1)}, {"condition": condition})
 
 
-def initial_values(stage_kind: str, name: str, normal: NDArray[np.float32], gate: float) -> NDArray[np.float32]:
-    """Initial values of a parameter of the vision transformers, from unit normals of its shape."""
-    if name in ("positions", "clean_condition", "token", "classes"):
-        return normal * np.float32(_POSITION_STD)
-    if normal.ndim == 2 and not name.startswith(("modulation", "readout", "auxiliary")):
-        return normal * np.float32(normal.shape[1] ** -0.5)
-    values = np.zeros_like(normal)
-    if stage_kind == "layer" and name == "modulation.bias":
-        gates = values.reshape(6, -1)[2::3]
-        gates[:] = gate
-    return values
-
-
 class ViT(Family):
     """Stages of the classifier."""
 
@@ -224,7 +209,7 @@ class ViT(Family):
         return initial_values(stage_kind, name, normal, self.spec.diffusion_blocks.gate)
 
     def decays(self, name: str, shape: tuple[int, ...]) -> bool:
-        return name.endswith(".weight")
+        return decays(name)
 
 
 class ClassifierNetwork(Network):

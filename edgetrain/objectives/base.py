@@ -10,11 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgetrain.activations import Activations
-from edgetrain.data import Augmentation, Dataset, batch
-from edgetrain.data.batches import TextBatches
 from edgetrain.models.base import Layer
-from edgetrain.models.vit import Batches
-from edgetrain.spec import Spec, TextModelSpec
 
 
 @dataclass(frozen=True)
@@ -55,29 +51,3 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         """The summed loss of the examples divided by the whole batch size, so that micro-batches add up."""
-
-
-def training_batches(spec: Spec, dataset: Any) -> Any:
-    """Reads a spec's training batches from a data set of its kind, in the spec's order: ``Batches`` of images, with its
-    augmentation, or ``TextBatches``."""
-    if isinstance(spec.model, TextModelSpec):
-        return TextBatches(dataset, spec.train.seed, spec.train.batch_size)
-    return _image_batches(spec, dataset)
-
-
-def _image_batches(spec: Spec, dataset: Dataset) -> Batches:
-    augmentation = Augmentation(spec.images.shift, spec.images.flip)
-
-    def read(block: int, step: int, first: int, count: int) -> tuple[Any, Any]:
-        return batch(
-            dataset,
-            seed=spec.train.seed,
-            stage=block,
-            step=step,
-            batch_size=spec.train.batch_size,
-            first=first,
-            count=count,
-            augmentation=augmentation,
-        )
-
-    return read

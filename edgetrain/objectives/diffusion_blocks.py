@@ -23,10 +23,10 @@ from edgetrain.models.base import Boundary
 from edgetrain.models.codebook import enter, read_out
 from edgetrain.models.masked import MaskedBatches, unmasking_loss
 from edgetrain.models.text import cross_entropy
-from edgetrain.models.vit import Batches
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import Spec
+from edgetrain.training_data import Batches, draw_labels
 
 
 def diffusion_blocks(spec: Spec, batches: Any) -> Objective:
@@ -51,16 +51,8 @@ class DenoisedLabels(Objective):
         return math.log(max(2, self.spec.image_model.num_classes))
 
     def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
-        """images (count, C, H, W), labels (count,), sigma (count,) and eps (count, width)."""
-        seed, width = self.spec.train.seed, self.spec.image_model.width
-        images, labels = self.batches(block, step, first, count)
-        uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
-        return {
-            "images": images,
-            "labels": labels,
-            "sigma": np.array(self.schedule.draw(block, uniforms.tolist()), np.float32),
-            "eps": normal(Stream(seed, Purpose.NOISE, block, step), first, count, width),
-        }
+        """As ``draw_labels``."""
+        return draw_labels(self.spec, self.batches, block, step, first, count)
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         method, labels = self.spec.diffusion_blocks, draw["labels"]
