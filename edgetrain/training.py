@@ -60,15 +60,21 @@ def next_visit(spec: Spec, steps_done: Sequence[int], blocks: Sequence[int]) -> 
     return block, min(length - steps_done[block] % length, total - steps_done[block])
 
 
-def create(
-    path: Path, spec: Spec, probe: Probe | StreamedProbe, class_names: Sequence[str] = (), dataset: Any = None
+def create(  # noqa: PLR0917
+    path: Path,
+    spec: Spec,
+    probe: Probe | StreamedProbe,
+    class_names: Sequence[str] = (),
+    dataset: Any = None,
+    initialise: Callable[[str, str, Any], Any] | None = None,
 ) -> Session:
     """A new session with its initial weights: a pure function of the spec, and of a stack's own initialisation.
 
-    ``dataset``: a stack that is no function in a file.
+    Args:
+        dataset: a stack that is no function in a file.
+        initialise: (kind of stage, name, unit normals) -> a tensor's values; None: by the family, with torch.
     """
-    from edgetrain.models import build_family, build_network
-    from edgetrain.models.codebook import codebook_rows
+    from edgetrain.parameters import codebook_rows
     from edgetrain.randomness import Purpose, Stream, normal_part
     from edgetrain.vocabulary import put_tokenizer
 
@@ -77,7 +83,10 @@ def create(
 
         stack = StackNetwork(spec, dataset)
         return Session.create(path, spec, stack.shapes, stack.initial, class_names)
-    made = build_network(spec, None) if spec.is_exact else build_family(spec)
+    if initialise is None:
+        from edgetrain.models import build_family, build_network
+
+        initialise = (build_network(spec, None) if spec.is_exact else build_family(spec)).initialise
 
     def initial(stage: Stage, tensor: TensorSpec) -> Iterator[Any]:
         names = sorted(probe.shapes[stage.kind])
@@ -94,7 +103,7 @@ def create(
             if is_codebook:
                 yield codebook_rows(normals, orthogonal=not first)
             else:
-                yield made.initialise(stage.kind, tensor.name, normals)
+                yield initialise(stage.kind, tensor.name, normals)
 
     def prepare() -> None:
         if isinstance(spec.model, TextModelSpec):
@@ -133,7 +142,7 @@ def _unit(spec: Spec) -> tuple[str, int]:
     return ("images" if isinstance(spec.model, ModelSpec) else "examples"), 1
 
 
-def train(
+def train(  # noqa: PLR0915
     session: Session,
     spec: Spec,
     plan: Plan,
@@ -144,10 +153,11 @@ def train(
     blocks: Sequence[int],
     on_report: Callable[[Report], None],
     stop: Callable[[], bool],
+    trainer_of: Callable[[Session], Trainer] | None = None,
 ) -> dict[str, Any]:
     """Trains until all is done, ``visits`` visits are made, or ``stop`` says so; returns the summary.
 
-    ``spec`` is the session's, or what it is to become.
+    ``spec`` is the session's, or what it is to become. ``trainer_of``: what trains it; None: torch.
 
     Raises:
         SessionLocked, DiskError, BudgetBroken, TrainingDiverged: the session stays resumable.
@@ -161,8 +171,10 @@ def train(
     with store.lock({group_of_block(spec, block) for block in blocks}):
         session.change(spec)
         session.write_plan(plan.to_json())
-        device = devices.open_device(device_kind, session.scratch)
-        trainer = _trainer(session, device, plan, dataset)
+        if trainer_of is None:
+            trainer = _trainer(session, devices.open_device(device_kind, session.scratch), plan, dataset)
+        else:
+            trainer = trainer_of(session)
         engine = Engine(session, trainer, plan.choice.micro_batch, spec.train.visit_steps if spec.is_exact else None)
         engine.warm_up()
         governor = Governor(plan.budget_bytes)

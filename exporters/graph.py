@@ -6,6 +6,7 @@ transposed weight would be folded when the model loads, into a copy of the weigh
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 IR_VERSION = 10
 OPSET = 20
+MICROSOFT = "com.microsoft"
 BATCH = "n"
 """The name of the batch dimension."""
 
@@ -98,10 +100,16 @@ class Graph:
 
     Args:
         shapes: {name: shape} of the float32 weights that the graph may use.
+        storage: of the large matrices.
+        trains: it is to be differentiated by onnxruntime: weights are inputs, and operations have the forms of which
+            it knows the gradients.
     """
 
-    def __init__(self, name: str, shapes: Mapping[str, Sequence[int]], storage: Storage = "fp32") -> None:
+    def __init__(
+        self, name: str, shapes: Mapping[str, Sequence[int]], storage: Storage = "fp32", trains: bool = False
+    ) -> None:
         self._name = name
+        self._trains = trains
         self._shapes = shapes
         self._storage = storage
         self._stored: dict[str, Stored] = {}
@@ -150,6 +158,25 @@ class Graph:
             raise ValueError(f"{stored.name} would be stored in two ways")
         return stored.name
 
+    def layer_norm(self, x: str, width: int, epsilon: float) -> str:
+        """Over the last axis, without parameters."""
+        attributes = {"axis": -1, "epsilon": epsilon}
+        if not self._trains:
+            return self.op("LayerNormalization", x, self.floats([1.0] * width, "ones"), **attributes)
+        # Each of its own: gradients of them are named after them.
+        own = [self.floats([value] * width, self._unique(name)) for name, value in (("ones", 1.0), ("zeros", 0.0))]
+        return self._add("LayerNormalization", [x, *own], 3, attributes)[0]
+
+    def gelu_tanh(self, x: str) -> str:
+        """By the tangent (arXiv 1606.08415)."""
+        if not self._trains:
+            return self.op("Gelu", x, approximate="tanh")
+        return self.op("FastGelu", x, domain=MICROSOFT)  # the gradient of Gelu is that by the error function
+
+    def cross_entropy(self, logits: str, labels: str) -> str:
+        """The sum over the examples, a scalar."""
+        return self._add("SoftmaxCrossEntropyLoss", [logits, labels], 2, {"reduction": "sum"})[0]
+
     def rows(self, table: str, ids: str) -> str:
         """Rows of a table (n, width), float32."""
         if self._storage != "fp16":
@@ -182,9 +209,16 @@ class Graph:
         """The one output of a new node."""
         return self._add(kind, inputs, 1, attributes)[0]
 
-    def split(self, x: str, parts: int, axis: int) -> list[str]:
-        """Equal parts along an axis."""
-        return self._add("Split", [x], parts, {"axis": axis, "num_outputs": parts})
+    def split(self, x: str, parts: int, axis: int, size: int = 0) -> list[str]:
+        """Equal parts along an axis, each of ``size``, which has to be said where gradients are wanted: that of a Split
+        is wrong where a part is not used."""
+        if not self._trains:
+            return self._add("Split", [x], parts, {"axis": axis, "num_outputs": parts})
+        starts = [size * i for i in range(parts + 1)]
+        return [
+            self.op("Slice", x, self.ints(start), self.ints(end), self.ints(axis))
+            for start, end in itertools.pairwise(starts)
+        ]
 
     def _add(self, kind: str, inputs: Sequence[str], num_outputs: int, attributes: Mapping[str, Any]) -> list[str]:
         name = self._unique(kind)
@@ -311,14 +345,18 @@ class Graph:
             if name in used
         ]
         weights = [_external(one, external[one.name]) for one in self.weights() if one.name in external]
-        ends = [_described(values.values()) for values in (self._inputs, self._outputs)]
+        inputs = list(self._inputs.values())
+        if self._trains:
+            inputs += [(one.name, "float32", tuple(one.shape)) for one in self.weights()]
+        ends = [_described(values) for values in (inputs, self._outputs.values())]
+        domains = {"", *(MICROSOFT for node in nodes if node.attributes.get("domain") == MICROSOFT)}
         graph = helper.make_graph([], self._name, ends[0], ends[1], [*constants, *weights])
         for node in nodes:
             graph.node.append(_message(node))
         model = helper.make_model(
             graph,
             ir_version=IR_VERSION,
-            opset_imports=[helper.make_opsetid("", OPSET)],
+            opset_imports=[helper.make_opsetid(domain, 1 if domain else OPSET) for domain in sorted(domains)],
             producer_name="edgetrain",
             producer_version=version,
         )

@@ -188,13 +188,19 @@ def open_model(path: Path, num_threads: int) -> InferenceSession:
         BadInput: onnxruntime cannot load it.
     """
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options = session_options(num_threads)
     options.add_session_config_entry("session.disable_prepacking", "1")
     with model_errors(path):
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def session_options(num_threads: int) -> Any:
+    """onnxruntime's, quiet and with so many threads."""
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
 
 
 def import_onnxruntime() -> Any:
@@ -215,7 +221,7 @@ def import_onnxruntime() -> Any:
 
 
 @contextmanager
-def model_errors(path: Path) -> Iterator[None]:
+def model_errors(path: Path | str, hint: str = "Export the session again.") -> Iterator[None]:
     """onnxruntime raises classes of its own that have no common base below Exception."""
     try:
         yield
@@ -225,7 +231,7 @@ def model_errors(path: Path) -> Iterator[None]:
         text = str(error)
         if any(phrase in text for phrase in _OUT_OF_MEMORY):
             raise MemoryError(f"{path}: {text}") from error
-        raise BadInput(f"{path} cannot be run: {text}", "Export the session again.") from error
+        raise BadInput(f"{path} cannot be run: {text}", hint) from error
 
 
 def _mean_softmax(logits: Sequence[Floats]) -> Floats:

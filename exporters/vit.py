@@ -70,6 +70,18 @@ def classifier(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     return graph
 
 
+def loss(spec: Spec, block: int, shapes: Shapes) -> Graph:
+    """What training a block makes small: images (n, C, H, W), z (n, width), sigma (n,), labels (n,) int64 and all
+    weights -> "loss", a scalar: the sum of the cross-entropies over the whole batch size. To be differentiated."""
+    graph, model = Graph(f"loss{block:02d}", shapes, trains=True), spec.image_model
+    images, z = graph.input("images", *model.image_shape), graph.input("z", model.width)
+    sigma, labels = graph.input("sigma"), graph.tensor("labels", "int64", "n")
+    logits, _ = _Block(graph, spec, block).run(images, z, sigma)
+    total = graph.cross_entropy(logits, labels)
+    graph.result("loss", graph.op("Mul", total, graph.floats(1 / spec.train.batch_size)))
+    return graph
+
+
 class Transformer:
     """Adds parts of a vision transformer to a graph. ``stages``: the names of stem, layers and head."""
 
@@ -97,9 +109,10 @@ class Transformer:
             modulation = g.op(
                 "Unsqueeze", g.linear(condition, f"{layer}.modulation", coarse=True), g.ints(1)
             )  # (m, 1, 6 width)
-            shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2)
-            qkv = g.split(g.linear(self._modulate(x, shift1, scale1), f"{layer}.qkv", tokens, coarse=True), 3, 2)
-            q, k, v = (g.reshape(part, -1, tokens, model.heads, model.width // model.heads) for part in qkv)
+            shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2, model.width)
+            qkv = g.linear(self._modulate(x, shift1, scale1), f"{layer}.qkv", tokens, coarse=True)
+            qkv_parts = g.split(qkv, 3, 2, model.width)
+            q, k, v = (g.reshape(part, -1, tokens, model.heads, model.width // model.heads) for part in qkv_parts)
             q = g.op("Transpose", q, perm=[0, 2, 1, 3])
             k = g.op("Transpose", k, perm=[0, 2, 3, 1])
             v = g.op("Transpose", v, perm=[0, 2, 1, 3])
@@ -112,21 +125,20 @@ class Transformer:
             mixed = g.linear(g.reshape(mixed, -1, tokens, model.width), f"{layer}.out", tokens, coarse=True)
             x = g.op("Add", x, g.op("Mul", gate1, mixed))
             hidden = g.linear(self._modulate(x, shift2, scale2), f"{layer}.up", tokens, coarse=True)
-            hidden = g.linear(g.op("Gelu", hidden, approximate="tanh"), f"{layer}.down", tokens, coarse=True)
+            hidden = g.linear(g.gelu_tanh(hidden), f"{layer}.down", tokens, coarse=True)
             return g.op("Add", x, g.op("Mul", gate2, hidden)), own
 
     def _logits(self, output: str, condition: str) -> str:
         """(n, width) -> (n, classes)."""
         g = self.graph
         with g.scope(self.head):
-            shift, scale = g.split(g.linear(condition, f"{self.head}.modulation"), 2, 1)
+            shift, scale = g.split(g.linear(condition, f"{self.head}.modulation"), 2, 1, self.spec.image_model.width)
             return g.linear(self._modulate(output, shift, scale), f"{self.head}.readout")
 
     def _modulate(self, x: str, shift: str, scale: str) -> str:
         """Layer norm without parameters of its own, then the condition's shift and scale."""
         g = self.graph
-        ones = g.floats([1.0] * self.spec.image_model.width, "ones")
-        normed = g.op("LayerNormalization", x, ones, axis=-1, epsilon=_EPS)
+        normed = g.layer_norm(x, self.spec.image_model.width, _EPS)
         return g.op("Add", g.op("Mul", normed, g.op("Add", scale, g.floats(1.0))), shift)
 
 

@@ -36,7 +36,7 @@ NO_TORCH = (
     "masking",
     "schedule",
     "training_data",
-    "vit_parameters",
+    "parameters",
     "engine",
     "governor",
 )
@@ -47,7 +47,7 @@ LAYERS = (
     ("spec",),
     ("recipe",),
     ("architectures", "checkpoint", "stages", "pieces", "moves"),
-    ("adapters", "generation", "masking", "stack", "vocabulary", "training_data", "vit_parameters"),
+    ("adapters", "generation", "masking", "stack", "vocabulary", "training_data", "parameters"),
     ("plan", "governor", "session"),
     ("importing", "streamed_plan", "planning", "schedule"),
     ("models", "optim", "activations", "tiles", "resident", "residency", "boundaries", "table", "objectives"),

@@ -16,11 +16,12 @@ from edgetrain.blockwise import build_modules
 from edgetrain.data import Dataset, to_float
 from edgetrain.models import build_family
 from edgetrain.models.base import Boundary
-from edgetrain.models.codebook import codebook_rows, enter, read_out
+from edgetrain.models.codebook import enter, read_out
 from edgetrain.models.vit import ViTLayer
 from edgetrain.noise import preconditioning, time_frequencies
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
+from edgetrain.parameters import codebook_rows
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.recipe import resolve
 from edgetrain.spec import Spec

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edgetrain.cli import options
+from edgetrain.cli.backends import Backend, OnnxRuntime, Torch, with_micro_batch
 from edgetrain.cli.display import Display
 from edgetrain.errors import INTERRUPTED_EXIT_CODE, UsageError
 
@@ -25,6 +25,13 @@ from edgetrain.errors import INTERRUPTED_EXIT_CODE, UsageError
 @click.option("--blocks", help="Train only these blocks now, as in 0,2.")
 @options.SET
 @options.ACTIVATIONS
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "ort"]),
+    default="torch",
+    show_default=True,
+    help="What computes: torch, or onnxruntime-training without it (classifiers by diffusion_blocks).",
+)
 @options.DEVICE
 @options.THREADS
 @options.JSON
@@ -38,6 +45,7 @@ def command(
     blocks: str | None,
     assignments: tuple[str, ...],
     activations: str | None,
+    backend: str,
     device: str,
     threads: int,
     as_json: bool,
@@ -51,13 +59,14 @@ def command(
       edgetrain train s --recipe vit-digits --memory-budget 350MiB
       edgetrain train s                        # resume
       edgetrain train s --blocks 0,2 --visits 4
+      edgetrain train s --recipe vit-digits --memory-budget 200MiB --backend ort
     """
     options.check_device(device)
-    from edgetrain import planning
-    from edgetrain.cli.probe import probed
+    kinds: dict[str, type[Torch | OnnxRuntime]] = {"torch": Torch, "ort": OnnxRuntime}
+    way: Backend = kinds[backend](device, threads, activations)
     from edgetrain.recipe import parse_changes, resolve
     from edgetrain.session import Session
-    from edgetrain.training import create, train
+    from edgetrain.training import train
 
     found = Session.open(session) if Session.exists(session) else None
     if found is None and recipe is None:
@@ -82,22 +91,18 @@ def command(
         spec, class_names = options.with_shapes(spec)
     else:
         spec, dataset = options.open_training_data(spec, found)
-    if found is None:
-        measured = probed(spec, device, threads, budget, activations)
-        plan = planning.make_plan(spec, measured, budget, threads, activations)
-        spec = replace(spec, train=replace(spec.train, micro_batch=plan.choice.micro_batch))
-    else:
-        plan = options.plan_of_session(found, spec, device, threads, budget, activations)
+    plan = way.plan(spec, found, budget)
     # Not earlier: there was nothing to finish, and what is noted is forgotten when a probe begins the process anew.
     stopping = _stop_on_signals()
-    options.start_torch(threads)
+    way.start()
     if found is None:
-        found = create(session, spec, measured, class_names)
-        spec, dataset = options.open_training_data(spec, found)
+        found = way.create(session, with_micro_batch(spec, plan), class_names)
+        spec, dataset = options.open_training_data(found.spec, found)
     with Display(plan, quiet=not sys.stderr.isatty()) as display:
         summary = train(
-            found, spec, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping
-        )
+            found, spec, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping,
+            trainer_of=way.trainer_of(dataset),
+        )  # fmt: skip
     options.emit(summary, as_json, lambda: _text(summary, spec.num_blocks))
     if summary["status"] == "interrupted":
         sys.exit(INTERRUPTED_EXIT_CODE)

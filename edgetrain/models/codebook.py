@@ -9,10 +9,8 @@ z. Where sigma is large the first is next to constant, whereas c_in z is noise o
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetrain.models import base
@@ -31,19 +29,6 @@ class Codebook(nn.Module):
     def forward(self) -> Tensor:
         """(classes, width), unit rows."""
         return F.normalize(self.rows, dim=1)
-
-
-def codebook_rows(normals: NDArray[np.float32], orthogonal: bool = True) -> NDArray[np.float32]:
-    """Unit rows from unit normals (classes, width): with ``orthogonal``, orthonormal where the width has room."""
-    num_classes, width = normals.shape
-    rows = normals.astype(np.float64)
-    for i in range(num_classes):
-        if orthogonal and i < width:  # Gram-Schmidt, twice for accuracy; plain loops give equal bits on every machine
-            for _ in range(2):
-                for j in range(i):
-                    rows[i] -= (rows[i] * rows[j]).sum() * rows[j]
-        rows[i] /= np.sqrt((rows[i] ** 2).sum())
-    return rows.astype(np.float32)
 
 
 def evidence(rows: Tensor, z: Tensor, sigma: Tensor) -> Tensor:

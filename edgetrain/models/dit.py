@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from edgetrain import noise
 from edgetrain.models.base import Boundary, Family, Network, network_input
 from edgetrain.models.vit import PatchStem, ViTLayer, modulate
+from edgetrain.parameters import initial_values
 from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import ModelSpec, Spec
 from edgetrain.training_data import Batches
-from edgetrain.vit_parameters import initial_values
 
 
 def unpatch(pixels: Tensor, image_shape: tuple[int, ...], patch: int) -> Tensor:

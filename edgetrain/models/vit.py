@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from edgetrain.models.base import Boundary, Family, Layer, Network
 from edgetrain.noise import time_frequencies
+from edgetrain.parameters import decays, initial_values
 from edgetrain.spec import ModelSpec, Spec
 from edgetrain.training_data import Batches
-from edgetrain.vit_parameters import decays, initial_values
 
 NUM_FREQUENCIES = 32
 _EPS = 1e-6

@@ -1,4 +1,4 @@
-"""The parameters of the vision transformers: shapes, initial values, and which of them decay. No torch here."""
+"""Parameters of the vision transformers, and of codebooks: shapes, initial values, which decay. No torch here."""
 
 from __future__ import annotations
 
@@ -60,3 +60,16 @@ def classifier_shapes(spec: Spec) -> dict[str, dict[str, tuple[int, ...]]]:
             **(linear("auxiliary", width, model.num_classes) if method.auxiliary > 0 else {}),
         },
     }
+
+
+def codebook_rows(normals: NDArray[np.float32], orthogonal: bool = True) -> NDArray[np.float32]:
+    """Unit rows from unit normals (classes, width): with ``orthogonal``, orthonormal where the width has room."""
+    num_classes, width = normals.shape
+    rows = normals.astype(np.float64)
+    for i in range(num_classes):
+        if orthogonal and i < width:  # Gram-Schmidt, twice for accuracy; plain loops give equal bits on every machine
+            for _ in range(2):
+                for j in range(i):
+                    rows[i] -= (rows[i] * rows[j]).sum() * rows[j]
+        rows[i] /= np.sqrt((rows[i] ** 2).sum())
+    return rows.astype(np.float32)
