@@ -12,10 +12,12 @@ from edgetrain.session import Session
 from edgetrain.spec import LanguageModelSpec, TextModelSpec
 from edgetrain.stages import exact_stages, largest_block
 from exporters import parity
+from exporters.graph import Stored
 from exporters.language_runtime import LanguageRunner
-from exporters.manifest import Manifest
+from exporters.manifest import Manifest, TrainingManifest, artifact_files, block_file, read
 from exporters.runtime import import_onnxruntime, open_model
 from exporters.text_runtime import TextRunner
+from exporters.weights import Weights
 
 Floats = NDArray[np.float32]
 
@@ -27,6 +29,8 @@ def run(request: parity.Request) -> dict[str, Any]:
         return {"rows": _language_rows(request, session)}
     if isinstance(session.spec.model, TextModelSpec):
         return {"rows": _text_rows(request, session)}
+    if isinstance(read(request.export_path), TrainingManifest):
+        return {"rows": _loss_rows(request, session)}
     manifest = Manifest.read(request.export_path)
     layouts = [] if manifest.single_file else largest_block(session.spec, session.shapes)
     import_onnxruntime()
@@ -47,6 +51,36 @@ def run(request: parity.Request) -> dict[str, Any]:
             key = (file, name)
             rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}
     return {"rows": list(rows.values())}
+
+
+def _loss_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:
+    """The loss of each block, by the graph that evaluates it with the session's weights."""
+    import_onnxruntime()
+    parity.limit_memory(request.budget_bytes)
+    references = io.BytesIO(parity.read_all(request.descriptor))
+    weights = Weights(session)
+    rows: dict[str, dict[str, Any]] = {}
+    cases = list(parity.cases(session.spec, False))
+    for block in range(session.spec.num_blocks):
+        _, file, *_ = artifact_files(block)
+        model = open_model(request.export_path / file, 1)
+        own = {}
+        for one in model.get_inputs():
+            if one.name in weights.shapes:
+                data = b"".join(bytes(chunk) for chunk in weights.chunks(Stored(one.name, weights.shapes[one.name])))
+                own[one.name] = np.frombuffer(data, np.float32).reshape(weights.shapes[one.name])
+        for name, count, inputs in cases:
+            if name != block_file(block):
+                continue
+            logits, _ = (np.load(references, allow_pickle=False) for _ in range(2))
+            labels = np.arange(count) % logits.shape[1]
+            # Computed in float64 of torch's logits.
+            largest = logits.max(1).astype(np.float64)
+            nats = np.log(np.exp(logits - largest[:, None]).sum(1)) + largest - logits[np.arange(count), labels]
+            expected = np.array([nats.sum() / session.spec.train.batch_size], np.float32)
+            (loss,) = model.run(["loss"], {**inputs, **own, "labels": labels})
+            _compared(rows, file, "loss", np.reshape(loss, 1), expected, "fp32")
+    return list(rows.values())
 
 
 def _language_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:

@@ -37,6 +37,13 @@ def block_file(block: int) -> str:
     return f"block{block:02d}.onnx"
 
 
+def artifact_files(block: int) -> tuple[str, str, str, str]:
+    """Of a block for the training API: the graphs that train, evaluate, and update, and the checkpoint."""
+    names = ("training_model.onnx", "eval_model.onnx", "optimizer_model.onnx", "checkpoint")
+    a, b, c, d = (f"block{block:02d}.{name}" for name in names)
+    return a, b, c, d
+
+
 def layer_file(number: int) -> str:
     return f"layer{number:03d}.onnx"
 
@@ -101,7 +108,7 @@ class Manifest:
         """
         found = read(folder)
         if not isinstance(found, cls):
-            raise BadInput(f"{folder} is an export of a language model", "Use edgetrain generate.")
+            raise _another(folder, found)
         return found
 
 
@@ -142,7 +149,7 @@ class LanguageManifest:
         """As ``Manifest.read``, of a language model."""
         found = read(folder)
         if not isinstance(found, cls):
-            raise BadInput(f"{folder} is an export of a model of images", "Use edgetrain predict.")
+            raise _another(folder, found)
         return found
 
 
@@ -187,12 +194,41 @@ class TextManifest:
         """As ``Manifest.read``, of a language model that was trained from the beginning."""
         found = read(folder)
         if not isinstance(found, cls):
-            raise BadInput(f"{folder} is no export of a language model that was trained from the beginning")
+            raise _another(folder, found)
         return found
 
 
-_TEXT = "text"
-AnyManifest = Manifest | LanguageManifest | TextManifest
+@dataclass(frozen=True)
+class TrainingManifest:
+    """What onnxruntime's training API needs of each block. The loss is a mean over ``batch_size`` examples."""
+
+    family: str
+    digest: str
+    num_blocks: int
+    batch_size: int
+    files: Mapping[str, FileRecord]
+    storage: str = "fp32"
+
+    def write(self, folder: Path) -> None:
+        """Writes it into ``folder``, durably."""
+        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, "kind": _TRAINING, **asdict(self)}
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+
+_TEXT, _TRAINING = "text", "ort-training"
+AnyManifest = Manifest | LanguageManifest | TextManifest | TrainingManifest
+
+
+def _another(folder: Path, found: AnyManifest) -> BadInput:
+    """What to use for an export that is not of the kind that was asked for."""
+    kinds: dict[type, tuple[str, str]] = {
+        Manifest: ("a model of images", "Use edgetrain predict, or generate --to for a generator."),
+        LanguageManifest: ("a language model", "Use edgetrain generate or evaluate."),
+        TextManifest: ("a language model", "Use edgetrain generate or evaluate."),
+        TrainingManifest: ("what onnxruntime's training API takes", "Load it by onnxruntime.training.api."),
+    }
+    what, hint = kinds[type(found)]
+    return BadInput(f"{folder} is an export of {what}", hint)
 
 
 def read(folder: Path) -> AnyManifest:
@@ -225,6 +261,8 @@ def _read(path: Path) -> AnyManifest:
     try:
         if content.get("kind") == _TEXT:
             return _parse_text(content)
+        if content.get("kind") == _TRAINING:
+            return _parse_training(content)
         return _parse_language(content) if "vocab_size" in content else _parse(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, EdgetrainError) as error:
         raise BadInput(f"{path} is damaged: {error!r}", "Export the session again.") from error
@@ -270,6 +308,20 @@ def _parse_text(content: Mapping[str, Any]) -> TextManifest:
         raise ValueError(f"a model of the family {parsed.family!r} with {parsed.layers} layers")
     if not set(parsed.graphs) < parsed.files.keys() or any(Path(name).name != name for name in parsed.files):
         raise ValueError(f"a language model in the files {sorted(parsed.files)}")
+    return parsed
+
+
+def _parse_training(content: Mapping[str, Any]) -> TrainingManifest:
+    parsed = TrainingManifest(
+        family=_is(str, content["family"]),
+        digest=_is(str, content["digest"]),
+        num_blocks=_positive(content["num_blocks"]),
+        batch_size=_positive(content["batch_size"]),
+        files=_records(content),
+    )
+    blocks = range(min(parsed.num_blocks, _MAX_BLOCKS))
+    if parsed.num_blocks > _MAX_BLOCKS or {n for i in blocks for n in artifact_files(i)} != parsed.files.keys():
+        raise ValueError(f"{parsed.num_blocks} blocks in the files {sorted(parsed.files)}")
     return parsed
 
 

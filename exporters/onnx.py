@@ -92,6 +92,18 @@ class StagedExport:
 
 
 @contextmanager
+def stage_artifacts(session: Session, to: Path) -> Iterator[StagedExport]:
+    """As ``stage``, of what onnxruntime's training API takes."""
+    from exporters import ort_artifacts
+
+    to = to.absolute()
+    check_replaceable(to)
+    with _scratch_folder(to) as folder:
+        ort_artifacts.emit(session, folder, session.store.digest())
+        yield StagedExport(folder, to, usage().peak_bytes)
+
+
+@contextmanager
 def stage(
     session: Session, to: Path, single_file: bool, storage: Storage = "fp32", merge: bool = False
 ) -> Iterator[StagedExport]:
@@ -261,11 +273,13 @@ def _emit_text(  # noqa: PLR0917
 
 
 def _copied_tokenizer(session: Session, folder: Path) -> dict[str, FileRecord]:
-    files = {}
-    for path in copy_tokenizer(session.model_files, folder):
-        with path.open("rb") as file:
-            files[path.name] = FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    return files
+    return {path.name: record(path) for path in copy_tokenizer(session.model_files, folder)}
+
+
+def record(path: Path) -> FileRecord:
+    """Of a file that is there."""
+    with path.open("rb") as file:
+        return FileRecord(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _blocks(session: Session, weights: Weights, folder: Path, digest: str, storage: Storage) -> dict[str, FileRecord]:

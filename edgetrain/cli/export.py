@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from edgetrain.spec import Spec
     from exporters.graph import Storage
     from exporters.hf_session import Export
+    from exporters.onnx import StagedExport
 
 _DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _HF_NEEDED_BYTES = 8 << 20
@@ -26,8 +30,9 @@ _HF_NEEDED_BYTES = 8 << 20
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["onnx", "hf"]),
-    help="onnx; hf, of a pretrained language model: a folder for transformers, or of an adapter one for peft.  [onnx]",
+    type=click.Choice(["onnx", "hf", "ort-training"]),
+    help="onnx; hf, of a pretrained language model: a folder for transformers, or of an adapter one for peft; "
+    "ort-training, of a classifier in blocks: what onnxruntime's training API takes.  [onnx]",
 )
 @click.option("--single-file", is_flag=True, help="onnx: one model.onnx; of a classifier the chain unrolled.")
 @click.option(
@@ -58,6 +63,7 @@ def command(
       edgetrain export my-session --to my-model --single-file
       edgetrain export my-session --to my-model --int8
       edgetrain export my-session --to my-model --format hf --dtype bf16
+      edgetrain export my-session --to my-model --format ort-training
     """
     from devices.limits import prepare_process
 
@@ -68,14 +74,23 @@ def command(
     kind = _checked_format(found.spec, kind)
     if single_file and found.spec.model.family == "dit":
         raise UsageError("a generator leaves as a graph for each block", "Leave --single-file out.")
-    given = {"--single-file": single_file, f"--{storage}": storage, "--dtype": dtype}
-    for option in ("--dtype",) if kind == "onnx" else ("--single-file", f"--{storage}"):
+    given = {"--single-file": single_file, f"--{storage}": storage, "--dtype": dtype, "--merge": merge}
+    unfit = {"onnx": ["--dtype"], "hf": ["--single-file", f"--{storage}"], "ort-training": list(given)}
+    for option in unfit[kind]:
         if given[option]:
             raise UsageError(f"{option} is no option of --format {kind}", "See edgetrain export --help.")
-    if kind == "onnx":
-        _export_onnx(found, session, folder, single_file, storage or "fp32", merge, budget, as_json)
-    else:
+    if kind == "hf":
         _export_hf(found, folder, merge, dtype, budget, as_json)
+        return
+    from exporters import onnx, ort_training
+
+    if kind == "onnx":
+        onnx.check_mergeable(found, merge)
+        staged: Any = partial(onnx.stage, found, folder, single_file, storage or "fp32", merge)
+    else:
+        ort_training.check(found.spec)
+        staged = partial(onnx.stage_artifacts, found, folder)
+    _export_compared(found, session, folder, single_file, staged, budget, as_json)
 
 
 def _checked_format(spec: Spec, kind: str | None) -> str:
@@ -93,26 +108,27 @@ def _checked_format(spec: Spec, kind: str | None) -> str:
     return kind or "onnx"
 
 
-def _export_onnx(
+def _export_compared(
     found: Session,
     session: Path,
     folder: Path,
     single_file: bool,
-    storage: Storage,
-    merge: bool,
+    stage: Callable[[], AbstractContextManager[StagedExport]],
     budget: int | None,
     as_json: bool,
 ) -> None:
+    """Makes what ``stage`` does, compares it with the trained model, and puts it in place."""
     from edgetrain.cli.reference import referenced
     from edgetrain.units import format_bytes
     from exporters import onnx, parity
+    from exporters.manifest import read
 
-    onnx.check_mergeable(found, merge)
     budget = options.saved_budget(found, budget)
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
-    with onnx.stage(found, folder, single_file, storage, merge) as staged:
+    with stage() as staged:
         rows = parity.check(session, staged.folder, reference, budget)
+        storage = read(staged.folder).storage
         export = staged.publish()
     value = {
         "session": str(session),

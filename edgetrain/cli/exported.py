@@ -90,11 +90,11 @@ def evaluate(
     from edgetrain.spec import TextSpec
     from edgetrain.units import format_bytes
     from exporters.evaluation import evaluate
-    from exporters.manifest import LanguageManifest, Manifest, read
+    from exporters.manifest import LanguageManifest, TextManifest, read
 
     manifest = read(folder)
-    if isinstance(manifest, Manifest):
-        raise UsageError(f"{folder} is an export of a model of images", "Use edgetrain predict.")
+    if not isinstance(manifest, (LanguageManifest, TextManifest)):
+        raise UsageError(f"{folder} is no export of a language model", "Of a classifier: edgetrain predict --data.")
     if data is None:
         raise UsageError("an export has no text of its own", "Name one by --data.")
     length = manifest.length
