@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from dataclasses import replace
+
+from edgetrain.noise import euler_coefficients
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
 from exporters.graph import Graph, Storage
@@ -9,6 +14,8 @@ from exporters.noised import Noised, embedded_noise, silu
 from exporters.vit import Shapes, Transformer
 
 OUTPUT = "denoised"
+STEPS = 50
+"""Of the chain in one graph."""
 
 
 def denoiser(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") -> Graph:
@@ -17,6 +24,47 @@ def denoiser(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") 
     graph, shape = Graph(f"block{block:02d}", shapes, storage), spec.image_model.image_shape
     z, sigma, labels = graph.input("z", *shape), graph.input("sigma"), graph.tensor("labels", "int64", "n")
     graph.result(OUTPUT, _Denoiser(graph, spec, block).run(z, sigma, labels), "n", *shape)
+    return graph
+
+
+def chain(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
+    """All of a generation in one graph: unit normal noise (n, C, H, W), labels (n,) int64 and a scalar guidance ->
+    images (n, C, H, W), about in [-1, 1], by ``STEPS`` Euler steps in a Loop, each by the block that owns its noise
+    level; as many again without a class, guidance being how much that one counts."""
+    graph, shape = Graph("chain", shapes, storage), spec.image_model.image_shape
+    noise, labels = graph.input("noise", *shape), graph.tensor("labels", "int64", "n")
+    guidance = graph.tensor("guidance", "float32")
+    schedule = replace(spec.diffusion_blocks.noise, num_blocks=spec.num_blocks)
+    grid = [*schedule.grid(STEPS), (0.0, -1)]
+    pairs = [euler_coefficients(now, following) for (now, _), (following, _) in itertools.pairwise(grid)]
+    sigmas, kept, gained = (
+        graph.floats(values, name)
+        for name, values in (("sigmas", [s for s, _ in grid[:-1]]), ("kept", [a for a, _ in pairs]),
+                             ("gained", [b for _, b in pairs]))
+    )  # fmt: skip
+    # Blocks own steps in their order: block b those before its end.
+    ends = [sum(owner <= block for _, owner in grid[:-1]) for block in range(spec.num_blocks)]
+    nobody = graph.op("Expand", graph.ints(spec.image_model.num_classes), graph.op("Shape", labels))
+    z = graph.op("Mul", noise, graph.floats(math.sqrt(1 + schedule.sigma_max**2)))
+
+    def step(z: str, number: str) -> str:
+        sigma, a, b = (graph.op("Gather", one, number) for one in (sigmas, kept, gained))
+        each = graph.op("Expand", sigma, graph.op("Shape", labels))
+
+        def denoised(block: int) -> str:
+            def here() -> str:
+                with_class, without = (_Denoiser(graph, spec, block).run(z, each, one) for one in (labels, nobody))
+                more = graph.op("Mul", guidance, graph.op("Sub", with_class, without))
+                return graph.op("Add", without, more)
+
+            if block == spec.num_blocks - 1:
+                return here()
+            owns = graph.op("Less", number, graph.number(ends[block]))
+            return graph.choose(owns, here, lambda: denoised(block + 1), "n", *shape)
+
+        return graph.op("Add", graph.op("Mul", a, z), graph.op("Mul", b, denoised(0)))
+
+    graph.result("images", graph.loop(graph.number(STEPS), z, step, "n", *shape), "n", *shape)
     return graph
 
 

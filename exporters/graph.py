@@ -231,12 +231,13 @@ class Graph:
         self._uses[name] = self._uses.get(name, 0) + 1
         return name if self._uses[name] == 1 else f"{name}_{self._uses[name]}"
 
-    def loop(self, count: str, state: str, body: Callable[[str], str], *dims: int | str) -> str:
-        """``body`` applied ``count`` times (a scalar of int64) to a float32 value of these dimensions."""
+    def loop(self, count: str, state: str, body: Callable[[str, str], str], *dims: int | str) -> str:
+        """``body`` applied ``count`` times (a scalar of int64) to a float32 value of these dimensions, and to how often
+        it was before."""
         with self.scope("loop"):
             name = self._unique("Loop")
             given = f"{name}.state"
-            nodes, out = self._aside(lambda: body(given))
+            nodes, out = self._aside(lambda: body(given, f"{name}.number"))
             goes_on = f"{name}.goes_on"
             nodes = [*nodes, Node("Identity", [f"{name}.condition"], [goes_on], goes_on, {})]
         made = Body(

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.errors import BadInput
+from edgetrain.errors import BadInput, UsageError
 from edgetrain.noise import euler_coefficients
 from edgetrain.randomness import Purpose, Stream, normal
-from exporters.dit import OUTPUT
-from exporters.manifest import Manifest, block_file
+from exporters.dit import OUTPUT, STEPS
+from exporters.manifest import MODEL, Manifest, block_file
 from exporters.runtime import model_errors, open_model
 
 _BATCH = 64
@@ -35,6 +35,8 @@ class ImageGenerator:
     def generate(self, labels: Sequence[int], num_steps: int, guidance: float, seed: int) -> NDArray[np.uint8]:
         """An image of each class in ``labels``, (n, C, H, W), as ``ImageSampler.generate`` makes them."""
         shape = self.manifest.image_shape
+        if self.manifest.single_file:
+            return self._by_one_graph(labels, num_steps, guidance, seed)
         grid = [*self.manifest.schedule.grid(num_steps), (0.0, -1)]
         scale = np.float32((1 + grid[0][0] ** 2) ** 0.5)
         noise = normal(Stream(seed, Purpose.SAMPLING), 0, len(labels), int(np.prod(shape)))
@@ -58,5 +60,26 @@ class ImageGenerator:
                             found = without + np.float32(guidance) * (found - without)
                     z[part] = a * z[part] + b * found
             del model  # before the next one is loaded
-        images: NDArray[np.uint8] = np.clip(np.rint((z + 1) * 127.5), 0, 255).astype(np.uint8)
-        return images
+        return _pixels(z)
+
+    def _by_one_graph(self, labels: Sequence[int], num_steps: int, guidance: float, seed: int) -> NDArray[np.uint8]:
+        if num_steps != STEPS:
+            raise UsageError(
+                f"the one graph in {self._folder} takes {STEPS} steps", "Leave --steps out, or export blocks."
+            )
+        path, shape = self._folder / MODEL, self.manifest.image_shape
+        noise = normal(Stream(seed, Purpose.SAMPLING), 0, len(labels), int(np.prod(shape)))
+        noise, classes = noise.reshape(len(labels), *shape), np.array(labels, np.int64)
+        model, made = open_model(path, self._num_threads), []
+        for start in range(0, len(labels), _BATCH):
+            part = slice(start, start + _BATCH)
+            given = {"noise": noise[part], "labels": classes[part], "guidance": np.array(guidance, np.float32)}
+            with model_errors(path):
+                made += model.run(["images"], given)
+        return _pixels(np.concatenate(made))
+
+
+def _pixels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """From about [-1, 1]."""
+    found: NDArray[np.uint8] = np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
+    return found

@@ -305,6 +305,8 @@ def _single(session: Session, weights: Weights, folder: Path, digest: str, stora
     properties = _properties(session, digest)
     if is_whole_classifier(session.spec):
         graph = vit.classifier(session.spec, weights.shapes, storage)
+    elif session.spec.model.family == "dit":
+        graph = dit.chain(session.spec, weights.shapes, storage)
     else:
         graph, schedule = vit.chain(session.spec, weights.shapes, storage), session.spec.diffusion_blocks.noise
         properties |= {

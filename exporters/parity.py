@@ -208,6 +208,10 @@ def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, N
             inputs: dict[str, NDArray[Any]] = {"images": images.astype(np.float32).reshape(count, *image_shape)}
             if is_whole_classifier(spec):
                 pass  # noise is for the others
+            elif single_file and spec.model.family == "dit":
+                eps = normal(_stream(_STATE, block), 0, count, int(np.prod(image_shape))).reshape(count, *image_shape)
+                inputs = {"noise": eps, "labels": np.arange(count) % (num_classes + 1),
+                          "guidance": np.array(2.0, np.float32)}  # fmt: skip
             elif single_file:
                 inputs["noise"] = unit
             elif spec.model.family == "dit":
@@ -283,5 +287,5 @@ def outputs(spec: Spec, single_file: bool) -> tuple[str, ...]:
     if is_whole_classifier(spec):
         return ("logits",)
     if spec.model.family == "dit":
-        return ("denoised",)
+        return ("images",) if single_file else ("denoised",)
     return ("logits", "sigma_max_logits") if single_file else ("logits", "denoised")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec
 from edgetrain.stages import Stage, stages_of_block
 from edgetrain.store import disk
 from exporters import parity
+from exporters.dit import STEPS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -83,6 +85,23 @@ class Model:
                 (denoised(spec, output, noisy, level).numpy(),)
                 for output, noisy, level in zip(made, z_, sigma_, strict=True)
             ]
+
+    def generated(self, noise: Sequence[Floats], labels: Sequence[Any], guidance: Sequence[Any]) -> list[Outputs]:
+        """(images,) of all of a generation, for each batch."""
+        spec = self._session.spec
+        schedule = replace(spec.diffusion_blocks.noise, num_blocks=spec.num_blocks)
+        grid = [*schedule.grid(STEPS), (0.0, -1)]
+        states = [np.float32(math.sqrt(1 + schedule.sigma_max**2)) * one for one in noise]
+        nobody = [np.full_like(one, spec.image_model.num_classes) for one in labels]
+        for (sigma, block), (following, _) in itertools.pairwise(grid):
+            sigmas = [np.full(len(one), sigma, np.float32) for one in states]
+            known, unknown = (self.images(block, states, sigmas, whose) for whose in (labels, nobody))
+            a, b = (np.float32(one) for one in euler_coefficients(sigma, following))
+            states = [
+                a * z + b * (without + scale * (found - without))
+                for z, (found,), (without,), scale in zip(states, known, unknown, guidance, strict=True)
+            ]
+        return [(one,) for one in states]
 
     def classes(self, images: Sequence[Floats]) -> list[Outputs]:
         """(logits,) of a classifier trained as a whole, for each batch."""
@@ -170,6 +189,8 @@ def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: 
             given = {name: [inputs[name] for inputs in batches] for name in batches[0]}
             if parity.is_whole_classifier(session.spec):
                 computed = model.classes(**given)
+            elif single_file and session.spec.model.family == "dit":
+                computed = model.generated(**given)
             elif single_file:
                 computed = model.chain(**given)
             elif session.spec.model.family == "dit":

@@ -146,7 +146,7 @@ def _whole_recurrent(graph: Graph, spec: Spec, block: int) -> None:
     state, loops = graph.tensor("state", "float32", *TOKENS, width), graph.tensor("loops", "int64")
     injected, condition = text.prelude(ids), clean_condition(graph, text.stem)
 
-    def core(given: str) -> str:
+    def core(given: str, _: str) -> str:
         return text.core(given, injected, condition)
 
     state = graph.loop(loops, state, core, *TOKENS, width)

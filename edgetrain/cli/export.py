@@ -72,8 +72,6 @@ def command(
 
     found = Session.open(session)
     kind = _checked_format(found.spec, kind)
-    if single_file and found.spec.model.family == "dit":
-        raise UsageError("a generator leaves as a graph for each block", "Leave --single-file out.")
     given = {"--single-file": single_file, f"--{storage}": storage, "--dtype": dtype, "--merge": merge}
     unfit = {"onnx": ["--dtype"], "hf": ["--single-file", f"--{storage}"], "ort-training": list(given)}
     for option in unfit[kind]:

@@ -53,8 +53,9 @@ def _vit(path: Path, single_file: bool, **changes: Any) -> tuple[Session, Arrays
 def _dit(path: Path, single_file: bool) -> tuple[Session, Arrays, Arrays]:
     session = make_session(path, test_images.spec_of(_TINY))
     _, _, inputs = next(parity.cases(session.spec, single_file))
-    (found,) = Model(session).images(0, **{name: [array] for name, array in inputs.items()})
-    return session, inputs, {"denoised": found[0]}
+    given, model = {name: [array] for name, array in inputs.items()}, Model(session)
+    (found,) = model.generated(**given) if single_file else model.images(0, **given)
+    return session, inputs, {"images" if single_file else "denoised": found[0]}
 
 
 def _text(family: str, **changes: Any) -> Callable[[Path, bool], tuple[Session, Arrays, Arrays]]:
@@ -100,6 +101,7 @@ CASES: dict[str, tuple[Callable[..., tuple[Session, Arrays, Arrays]], bool]] = {
     "vit_chain": (_vit, True),
     "vit_whole": (lambda path, single_file: _vit(path, single_file, **EXACT), False),
     "dit_block": (_dit, False),
+    "dit_all_steps": (_dit, True),
     "masked_block": (_text("masked", model__neighbours=1), False),
     "masked_all_blocks": (_text("masked"), True),
     "ar_block": (_text("ar"), False),

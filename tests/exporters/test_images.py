@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -111,6 +112,29 @@ def test_from_a_session_to_a_grid_without_torch(tmp_path):
     assert value["images"] == 4
     assert value["peak_bytes"] < 150 << 20
     assert grids[0] == grids[1]
-    done = run_cli("export", tmp_path / "s", "--to", tmp_path / "one", "--single-file")
+    done = run_cli(
+        "export", tmp_path / "s", "--to", tmp_path / "one", "--single-file", "--memory-budget", "400MiB", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["output"] for row in json.loads(done.stdout)["parity"]] == ["images"]
+    grid = ("--to", tmp_path / "one.png", "--classes", "1,2", "--count", 4)
+    assert run_cli("generate", tmp_path / "one", *grid).returncode == 0
+    done = run_cli("generate", tmp_path / "one", *grid, "--steps", 3)
     assert done.returncode == 2
-    assert "for each block" in done.stderr
+    assert "takes 50 steps" in done.stderr
+
+
+def test_one_graph_generates_what_the_session_does(session, tmp_path):
+    """Fifty steps in a Loop, each by the block that an If chooses; any batch size, guidance as an input."""
+    with stage(session, tmp_path / "to", True) as staged:
+        staged.publish()
+    kinds = [node.op_type for node in onnx.load(tmp_path / "to" / "model.onnx").graph.node]
+    assert "Loop" in kinds and len(kinds) < 30
+    labels = [3, 0, 9]
+    sampler = ImageSampler(session, devices.open_device("cpu"), 2)
+    for guidance in (1.0, 2.5):
+        expected = sampler.generate(labels, 50, guidance, 4)
+        found = ImageGenerator(tmp_path / "to").generate(labels, 50, guidance, 4)
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    one = ImageGenerator(tmp_path / "to").generate(labels[:1], 50, 2.5, 4)
+    np.testing.assert_array_equal(one, found[:1])
