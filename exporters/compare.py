@@ -14,8 +14,9 @@ from edgetrain.stages import exact_stages, largest_block
 from exporters import parity
 from exporters.graph import Stored
 from exporters.language_runtime import LanguageRunner
-from exporters.manifest import Manifest, TrainingManifest, artifact_files, block_file, read
+from exporters.manifest import Manifest, StackManifest, TrainingManifest, artifact_files, block_file, read
 from exporters.runtime import import_onnxruntime, open_model
+from exporters.stack_runtime import StackRunner
 from exporters.text_runtime import TextRunner
 from exporters.weights import Weights
 
@@ -29,8 +30,11 @@ def run(request: parity.Request) -> dict[str, Any]:
         return {"rows": _language_rows(request, session)}
     if isinstance(session.spec.model, TextModelSpec):
         return {"rows": _text_rows(request, session)}
-    if isinstance(read(request.export_path), TrainingManifest):
+    made = read(request.export_path)
+    if isinstance(made, TrainingManifest):
         return {"rows": _loss_rows(request, session)}
+    if isinstance(made, StackManifest):
+        return {"rows": _stack_rows(request, made)}
     manifest = Manifest.read(request.export_path)
     layouts = [] if manifest.single_file else largest_block(session.spec, session.shapes)
     import_onnxruntime()
@@ -51,6 +55,19 @@ def run(request: parity.Request) -> dict[str, Any]:
             key = (file, name)
             rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}
     return {"rows": list(rows.values())}
+
+
+def _stack_rows(request: parity.Request, manifest: StackManifest) -> list[dict[str, Any]]:
+    """The output of all parts, one after the other."""
+    import_onnxruntime()
+    runner = StackRunner(request.export_path)
+    parity.limit_memory(request.budget_bytes)
+    references = io.BytesIO(parity.read_all(request.descriptor))
+    rows: dict[str, dict[str, Any]] = {}
+    for _ in parity.BATCH_SIZES:
+        given, expected = (np.load(references, allow_pickle=False) for _ in range(2))
+        _compared(rows, "all graphs", "output", runner.run(given), expected, manifest.storage)
+    return list(rows.values())
 
 
 def _loss_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ _MAX_BLOCKS = 1 << 12
 
 
 EMBEDDING, NORM = "embedding.onnx", "norm.onnx"
+STEM, HEAD = "stem.onnx", "head.onnx"
 
 
 def block_file(block: int) -> str:
@@ -215,8 +216,34 @@ class TrainingManifest:
         replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
 
-_TEXT, _TRAINING = "text", "ort-training"
-AnyManifest = Manifest | LanguageManifest | TextManifest | TrainingManifest
+@dataclass(frozen=True)
+class StackManifest:
+    """An export of a stack of somebody's own: a graph for each part. ``order``: the numbers of blocks as they run."""
+
+    family: str
+    digest: str
+    stem: bool
+    head: bool
+    order: tuple[int, ...]
+    files: Mapping[str, FileRecord]
+    storage: str = "fp32"
+
+    def write(self, folder: Path) -> None:
+        """Writes it into ``folder``, durably."""
+        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, "kind": _STACK, **asdict(self)}
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> StackManifest:
+        """As ``Manifest.read``, of a stack."""
+        found = read(folder)
+        if not isinstance(found, cls):
+            raise _another(folder, found)
+        return found
+
+
+_TEXT, _TRAINING, _STACK = "text", "ort-training", "stack"
+AnyManifest = Manifest | LanguageManifest | TextManifest | TrainingManifest | StackManifest
 
 
 def _another(folder: Path, found: AnyManifest) -> BadInput:
@@ -225,6 +252,7 @@ def _another(folder: Path, found: AnyManifest) -> BadInput:
         Manifest: ("a model of images", "Use edgetrain predict, or generate --to for a generator."),
         LanguageManifest: ("a language model", "Use edgetrain generate or evaluate."),
         TextManifest: ("a language model", "Use edgetrain generate or evaluate."),
+        StackManifest: ("a model of your own", "Load it by exporters.stack_runtime.StackRunner."),
         TrainingManifest: ("what onnxruntime's training API takes", "Load it by onnxruntime.training.api."),
     }
     what, hint = kinds[type(found)]
@@ -263,6 +291,8 @@ def _read(path: Path) -> AnyManifest:
             return _parse_text(content)
         if content.get("kind") == _TRAINING:
             return _parse_training(content)
+        if content.get("kind") == _STACK:
+            return _parse_stack(content)
         return _parse_language(content) if "vocab_size" in content else _parse(content)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, EdgetrainError) as error:
         raise BadInput(f"{path} is damaged: {error!r}", "Export the session again.") from error
@@ -322,6 +352,24 @@ def _parse_training(content: Mapping[str, Any]) -> TrainingManifest:
     blocks = range(min(parsed.num_blocks, _MAX_BLOCKS))
     if parsed.num_blocks > _MAX_BLOCKS or {n for i in blocks for n in artifact_files(i)} != parsed.files.keys():
         raise ValueError(f"{parsed.num_blocks} blocks in the files {sorted(parsed.files)}")
+    return parsed
+
+
+def _parse_stack(content: Mapping[str, Any]) -> StackManifest:
+    parsed = StackManifest(
+        family=_is(str, content["family"]),
+        digest=_is(str, content["digest"]),
+        stem=_is(bool, content["stem"]),
+        head=_is(bool, content["head"]),
+        order=tuple(_is(int, number) for number in content["order"]),
+        files=_records(content),
+    )
+    if not parsed.order or min(parsed.order) < 0 or max(len(parsed.order), *parsed.order) > _MAX_BLOCKS:
+        raise ValueError(f"the order {parsed.order}")
+    needed = {layer_file(number) for number in parsed.order}
+    needed |= ({STEM} if parsed.stem else set()) | ({HEAD} if parsed.head else set())
+    if needed != parsed.files.keys():
+        raise ValueError(f"a stack in the files {sorted(parsed.files)}")
     return parsed
 
 

@@ -24,7 +24,7 @@ from edgetrain import __version__
 from edgetrain.checkpoint import copy_tokenizer, read_object
 from edgetrain.errors import BadInput, SessionLocked, UsageError
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, ModelSpec, TextModelSpec
+from edgetrain.spec import LanguageModelSpec, ModelSpec, StackSpec, TextModelSpec
 from edgetrain.stages import stages_of_block
 from edgetrain.store import disk
 from exporters import dit, language, text, vit
@@ -32,14 +32,17 @@ from exporters.graph import External, Storage, Stored
 from exporters.manifest import (
     CODEBOOK,
     CONFIG,
+    HEAD,
     MANIFEST,
     MODEL,
     MODEL_DATA,
     PREPROCESSING,
+    STEM,
     WEIGHTS,
     FileRecord,
     LanguageManifest,
     Manifest,
+    StackManifest,
     TextManifest,
     block_file,
     read,
@@ -100,6 +103,28 @@ def stage_artifacts(session: Session, to: Path) -> Iterator[StagedExport]:
     check_replaceable(to)
     with _scratch_folder(to) as folder:
         ort_artifacts.emit(session, folder, session.store.digest())
+        yield StagedExport(folder, to, usage().peak_bytes)
+
+
+@contextmanager
+def stage_stack(session: Session, to: Path, graphs: Path) -> Iterator[StagedExport]:
+    """As ``stage``, of a stack of somebody's own, whose graphs ``exporters.stack`` left in the folder ``graphs``."""
+    to = to.absolute()
+    check_replaceable(to)
+    model = session.spec.model
+    assert isinstance(model, StackSpec)
+    with _scratch_folder(to) as folder:
+        files = {}
+        with disk.disk_errors(folder):
+            for path in sorted(graphs.iterdir()):
+                path.rename(folder / path.name)
+                _check(folder / path.name)
+                files[path.name] = record(folder / path.name)
+            graphs.rmdir()
+        StackManifest(
+            family=model.family, digest=session.store.digest(), stem=STEM in files, head=HEAD in files,
+            order=tuple(model.order) or tuple(range(model.depth)), files=files,
+        ).write(folder)  # fmt: skip
         yield StagedExport(folder, to, usage().peak_bytes)
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from devices.meter import usage
 from edgetrain.noise import euler_coefficients
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec
+from edgetrain.spec import LanguageModelSpec, Spec, StackSpec, TextModelSpec
 from edgetrain.stages import Stage, stages_of_block
 from edgetrain.store import disk
 from exporters import parity
@@ -160,49 +161,59 @@ class Model:
         return Codebook(model.num_classes, model.width) if stage.kind == "codebook" else self._network.build(stage.kind)
 
 
-def compute(session: Session, single_file: bool, descriptor: int, budget_bytes: int | None) -> parity.Reference:
-    """Computes every case and leaves its outputs in the file ``descriptor``, one .npy after the other.
+def compute(
+    session: Session, single_file: bool, descriptor: int, budget_bytes: int | None, graphs: Path | None = None
+) -> parity.Reference:
+    """Computes every case and leaves its outputs in the file ``descriptor``, one .npy after the other. Of a stack of
+    somebody's own its graphs are made on the way, in the folder ``graphs``.
 
     Raises:
         BudgetBroken: the budget is too small to run the model.
         OSError: the file cannot be written.
     """
-    digest = session.store.digest()
+    digest, model = session.store.digest(), session.spec.model
     outputs = io.BytesIO()
-    if isinstance(session.spec.model, (LanguageModelSpec, TextModelSpec)):
-        with parity.memory_errors(budget_bytes):
-            if isinstance(session.spec.model, LanguageModelSpec):
-                _language(session, outputs, budget_bytes)
-            else:
-                _text(session, single_file, outputs, budget_bytes)
-            disk.write_fully(descriptor, outputs.getbuffer(), 0)
-        parity.check_peak(usage().peak_bytes, budget_bytes)
-        return parity.Reference(descriptor, digest, usage().peak_bytes)
     with parity.memory_errors(budget_bytes):
-        _warm_up(session.spec)
-        parity.limit_memory(budget_bytes)
-        model = Model(session)
-        by_file: dict[str, list[dict[str, Floats]]] = {}
-        for file, _, inputs in parity.cases(session.spec, single_file):
-            by_file.setdefault(file, []).append(inputs)
-        for block, batches in enumerate(by_file.values()):
-            given = {name: [inputs[name] for inputs in batches] for name in batches[0]}
-            if parity.is_whole_classifier(session.spec):
-                computed = model.classes(**given)
-            elif single_file and session.spec.model.family == "dit":
-                computed = model.generated(**given)
-            elif single_file:
-                computed = model.chain(**given)
-            elif session.spec.model.family == "dit":
-                computed = model.images(block, **given)
-            else:
-                computed = model.block(block, **given)
-            for arrays in computed:
-                for array in arrays:
-                    np.save(outputs, array)
+        if isinstance(model, StackSpec):
+            assert graphs is not None
+            _stack(session, graphs, outputs, budget_bytes)
+        elif isinstance(model, LanguageModelSpec):
+            _language(session, outputs, budget_bytes)
+        elif isinstance(model, TextModelSpec):
+            _text(session, single_file, outputs, budget_bytes)
+        else:
+            _images(session, single_file, outputs, budget_bytes)
         disk.write_fully(descriptor, outputs.getbuffer(), 0)
     parity.check_peak(usage().peak_bytes, budget_bytes)
     return parity.Reference(descriptor, digest, usage().peak_bytes)
+
+
+def _images(session: Session, single_file: bool, outputs: io.BytesIO, budget_bytes: int | None) -> None:
+    """Of a model of images, one stage in memory at a time."""
+    _warm_up(session.spec)
+    parity.limit_memory(budget_bytes)
+    model = Model(session)
+    by_file: dict[str, list[dict[str, Floats]]] = {}
+    for file, _, inputs in parity.cases(session.spec, single_file):
+        by_file.setdefault(file, []).append(inputs)
+    for block, batches in enumerate(by_file.values()):
+        given = {name: [inputs[name] for inputs in batches] for name in batches[0]}
+        if parity.is_whole_classifier(session.spec):
+            computed = model.classes(**given)
+        elif session.spec.model.family == "dit":
+            computed = model.generated(**given) if single_file else model.images(block, **given)
+        else:
+            computed = model.chain(**given) if single_file else model.block(block, **given)
+        for arrays in computed:
+            for array in arrays:
+                np.save(outputs, array)
+
+
+def _stack(session: Session, graphs: Path, outputs: io.BytesIO, budget_bytes: int | None) -> None:
+    from exporters.stack import emit
+
+    parity.limit_memory(budget_bytes)
+    emit(session, graphs, outputs)
 
 
 def _language(session: Session, outputs: io.BytesIO, budget_bytes: int | None) -> None:

@@ -80,11 +80,19 @@ def command(
     if kind == "hf":
         _export_hf(found, folder, merge, dtype, budget, as_json)
         return
+    from edgetrain.cli.reference import graphs_of
+    from edgetrain.spec import StackSpec
     from exporters import onnx, ort_training
 
-    if kind == "onnx":
+    if isinstance(found.spec.model, StackSpec):
+        if single_file or storage or merge:
+            raise UsageError(
+                "a model of your own leaves as a graph for each part, in float32", "Leave the options out."
+            )
+        staged: Any = partial(onnx.stage_stack, found, folder, graphs_of(folder))
+    elif kind == "onnx":
         onnx.check_mergeable(found, merge)
-        staged: Any = partial(onnx.stage, found, folder, single_file, storage or "fp32", merge)
+        staged = partial(onnx.stage, found, folder, single_file, storage or "fp32", merge)
     else:
         ort_training.check(found.spec)
         staged = partial(onnx.stage_artifacts, found, folder)
@@ -95,8 +103,8 @@ def _checked_format(spec: Spec, kind: str | None) -> str:
     """The format of the export; UsageError if the model has none, or not that one."""
     from edgetrain.spec import LanguageModelSpec, StackSpec
 
-    if isinstance(spec.model, StackSpec):
-        raise UsageError("there is no export of a model of your own for now")
+    if isinstance(spec.model, StackSpec) and kind in ("hf", "ort-training"):
+        raise UsageError(f"a model of your own has no export of the format {kind}", "Use --format onnx.")
     if kind == "hf" and not isinstance(spec.model, LanguageModelSpec):
         raise UsageError(
             f"hf is a format of pretrained language models, and the session has a model of the family "

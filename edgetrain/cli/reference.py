@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -43,8 +44,16 @@ def referenced(session: Path, to: Path, single_file: bool, budget_bytes: int) ->
         folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
     os.set_inheritable(file.fileno(), True)
-    told = {"request": request, "descriptor": file.fileno(), "folder": str(folder), "command": sys.orig_argv[1:]}
+    graphs = graphs_of(to)
+    with disk_errors(folder):
+        shutil.rmtree(graphs, ignore_errors=True)  # what a kill left
+    told = {"request": request, "descriptor": file.fileno(), "graphs": str(graphs), "command": sys.orig_argv[1:]}
     return become(["-m", "edgetrain.cli.reference", json.dumps(told)])
+
+
+def graphs_of(to: Path) -> Path:
+    """Where torch leaves the graphs of a stack of somebody's own, until they are part of the export at ``to``."""
+    return to.absolute().with_name(f".{to.name}.graphs")
 
 
 def main() -> None:
@@ -56,11 +65,20 @@ def main() -> None:
 
         limits.prepare_process(1)
         from edgetrain.session import Session
+        from edgetrain.spec import StackSpec
         from edgetrain.store.disk import disk_errors
         from exporters.reference import compute
 
-        with disk_errors(Path(told["folder"])):
-            result = compute(Session.open(Path(session)), single_file, told["descriptor"], budget_bytes)
+        graphs = Path(told["graphs"])
+        with disk_errors(graphs):
+            opened = Session.open(Path(session))
+            if isinstance(opened.spec.model, StackSpec):
+                graphs.mkdir()
+            try:
+                result = compute(opened, single_file, told["descriptor"], budget_bytes, graphs)
+            except BaseException:
+                shutil.rmtree(graphs, ignore_errors=True)
+                raise
         limits.lift_data_limit()
         os.environ[_RESULT] = json.dumps({"request": told["request"], "reference": asdict(result)})
         become(told["command"])
