@@ -13,12 +13,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from devices.limits import return_freed_memory
 from devices.meter import usage
 from edgetrain import __version__
 from edgetrain.checkpoint import copy_tokenizer, read_object
@@ -28,7 +29,7 @@ from edgetrain.spec import LanguageModelSpec, ModelSpec, StackSpec, TextModelSpe
 from edgetrain.stages import stages_of_block
 from edgetrain.store import disk
 from exporters import dit, language, text, vit
-from exporters.graph import External, Storage, Stored
+from exporters.graph import External, Graph, Storage, Stored
 from exporters.manifest import (
     CODEBOOK,
     CONFIG,
@@ -251,9 +252,7 @@ def _emit_language(  # noqa: PLR0917
         table = places[language.table_of(model)]
         row_bytes = table.length // model.vocab_size
         places[name] = External(table.location, table.offset + first * row_bytes, rows * row_bytes)
-    for name, graph in graphs.items():
-        files[name] = _write(folder / name, graph.model(_properties(session, digest), __version__, places))
-        _check(folder / name)
+    _write_graphs(session, graphs, folder, digest, places, files)
     files |= _copied_tokenizer(session, folder)
     LanguageManifest(
         family=model.family, digest=digest, single_file=single_file, num_chunks=len(chunks),
@@ -277,9 +276,7 @@ def _emit_text(  # noqa: PLR0917
         used[Stored(CODEBOOK, weights.shapes[CODEBOOK])] = None  # the host knows by it what noisy tokens are
     out, places = write_safetensors(folder / (MODEL_DATA if single_file else WEIGHTS), weights, used)
     files[out.name] = FileRecord(out.num_bytes, out.sha256)
-    for name, graph in graphs.items():
-        files[name] = _write(folder / name, graph.model(_properties(session, digest), __version__, places))
-        _check(folder / name)
+    _write_graphs(session, graphs, folder, digest, places, files)
     files |= _copied_tokenizer(session, folder)
     layers = [len(spec.layers_of(i)) if text.is_cached(spec) else 0 for i in range(1 if single_file else num_blocks)]
     if single_file and text.is_cached(spec):
@@ -295,6 +292,21 @@ def _emit_text(  # noqa: PLR0917
         length=spec.text.length, layers=tuple(layers), streams=spec.diffusion_blocks.streams, loops=model.loops,
         schedule=replace(spec.diffusion_blocks.noise, num_blocks=num_blocks), files=files, storage=storage,
     ).write(folder)  # fmt: skip
+
+
+def _write_graphs(  # noqa: PLR0917
+    session: Session,
+    graphs: dict[str, Graph],
+    folder: Path,
+    digest: str,
+    places: Mapping[str, External],
+    files: dict[str, FileRecord],
+) -> None:
+    """Writes and checks them, each gone from memory before it is checked."""
+    for name in list(graphs):
+        files[name] = _write(folder / name, graphs.pop(name).model(_properties(session, digest), __version__, places))
+        return_freed_memory()
+        _check(folder / name)
 
 
 def _copied_tokenizer(session: Session, folder: Path) -> dict[str, FileRecord]:

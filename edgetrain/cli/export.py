@@ -82,7 +82,7 @@ def command(
         return
     from edgetrain.cli.reference import graphs_of
     from edgetrain.spec import StackSpec
-    from exporters import onnx, ort_training
+    from exporters import onnx
 
     if isinstance(found.spec.model, StackSpec):
         if single_file or storage or merge:
@@ -94,6 +94,8 @@ def command(
         onnx.check_mergeable(found, merge)
         staged = partial(onnx.stage, found, folder, single_file, storage or "fp32", merge)
     else:
+        from exporters import ort_training
+
         ort_training.check(found.spec)
         staged = partial(onnx.stage_artifacts, found, folder)
     _export_compared(found, session, folder, single_file, staged, budget, as_json)
