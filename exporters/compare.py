@@ -12,13 +12,12 @@ from edgetrain.session import Session
 from edgetrain.spec import LanguageModelSpec, TextModelSpec
 from edgetrain.stages import exact_stages, largest_block
 from exporters import parity
-from exporters.graph import Stored
+from exporters.graph import Storage
 from exporters.language_runtime import LanguageRunner
-from exporters.manifest import Manifest, StackManifest, TrainingManifest, artifact_files, block_file, read
+from exporters.manifest import Manifest, StackManifest, TrainingManifest, read
 from exporters.runtime import import_onnxruntime, open_model
 from exporters.stack_runtime import StackRunner
 from exporters.text_runtime import TextRunner
-from exporters.weights import Weights
 
 Floats = NDArray[np.float32]
 
@@ -51,7 +50,8 @@ def run(request: parity.Request) -> dict[str, Any]:
         for name, array in zip(names, model.run(list(names), inputs), strict=True):
             reference = np.load(references, allow_pickle=False)
             rtol, atol = parity.tolerance(manifest.storage, reference, False)
-            row = difference(array, reference, atol, rtol) | {"rtol": rtol, "atol": atol, "batch_sizes": [count]}
+            row = difference(array, reference, atol, rtol) | {"rtol": rtol, "atol": atol}
+            row |= {"batch_sizes": [count], "dtype": str(array.dtype)}
             key = (file, name)
             rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}
     return {"rows": list(rows.values())}
@@ -71,39 +71,32 @@ def _stack_rows(request: parity.Request, manifest: StackManifest) -> list[dict[s
 
 
 def _loss_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:
-    """The loss of each block, by the graph that evaluates it with the session's weights."""
-    import_onnxruntime()
-    parity.limit_memory(request.budget_bytes)
+    """The loss of each block as the training API computes it from the checkpoint, all of whose files it has loaded."""
+    from exporters.ort_artifacts import Trained
+
     references = io.BytesIO(parity.read_all(request.descriptor))
-    weights = Weights(session)
     rows: dict[str, dict[str, Any]] = {}
-    cases = list(parity.cases(session.spec, False))
-    for block in range(session.spec.num_blocks):
-        _, file, *_ = artifact_files(block)
-        model = open_model(request.export_path / file, 1)
-        own = {}
-        for one in model.get_inputs():
-            if one.name in weights.shapes:
-                data = b"".join(bytes(chunk) for chunk in weights.chunks(Stored(one.name, weights.shapes[one.name])))
-                own[one.name] = np.frombuffer(data, np.float32).reshape(weights.shapes[one.name])
-        for name, count, inputs in cases:
-            if name != block_file(block):
-                continue
-            logits, _ = (np.load(references, allow_pickle=False) for _ in range(2))
-            labels = np.arange(count) % logits.shape[1]
-            # Computed in float64 of torch's logits.
-            largest = logits.max(1).astype(np.float64)
-            nats = np.log(np.exp(logits - largest[:, None]).sum(1)) + largest - logits[np.arange(count), labels]
-            expected = np.array([nats.sum() / session.spec.train.batch_size], np.float32)
-            (loss,) = model.run(["loss"], {**inputs, **own, "labels": labels})
-            _compared(rows, file, "loss", np.reshape(loss, 1), expected, "fp32")
+    opened, trained = "", None
+    for file, count, inputs in parity.cases(session.spec, False):
+        if opened != file:
+            trained = None  # before the next one is loaded
+            opened, trained = file, Trained(request.export_path, int(file.removeprefix("block")[:2]))
+        logits, _ = (np.load(references, allow_pickle=False) for _ in range(2))
+        labels = np.arange(count) % logits.shape[1]
+        # Computed in float64 of torch's logits.
+        largest = logits.max(1).astype(np.float64)
+        nats = np.log(np.exp(logits - largest[:, None]).sum(1)) + largest - logits[np.arange(count), labels]
+        expected = np.array([nats.sum() / session.spec.train.batch_size], np.float32)
+        assert trained is not None
+        found = np.array([trained.loss(inputs | {"labels": labels})], np.float32)
+        _compared(rows, f"{file.removesuffix('.onnx')}.*", "loss", found, expected, "fp32", count)
     return list(rows.values())
 
 
 def _language_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:
     """Texts read at once, and in two parts, so that keys and values are compared by what they are for."""
     import_onnxruntime()
-    runner = LanguageRunner(request.export_path, keeps=False)
+    runner = LanguageRunner(request.export_path, budget_bytes=0)
     layouts = [session.layout(stage) for unit in exact_stages(session.spec).units for stage in unit.stages]
     largest = max(layout.section_bytes(layout.roles[0].name) for layout in layouts)
     # A graph at a time: of the embedding, which is mapped as a whole, some rows are read.
@@ -125,7 +118,7 @@ def _language_rows(request: parity.Request, session: Session) -> list[dict[str, 
 def _text_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:
     """Block by block; what has keys and values at once, and in two parts."""
     import_onnxruntime()
-    runner = TextRunner(request.export_path, keeps=False)
+    runner = TextRunner(request.export_path, budget_bytes=0)
     is_single, storage = runner.manifest.single_file, runner.manifest.storage
     layouts = largest_block(session.spec, session.shapes)
     block_bytes = sum(layout.section_bytes(layout.roles[0].name) for layout in layouts)
@@ -165,11 +158,18 @@ def _read(
 
 
 def _compared(  # noqa: PLR0917
-    rows: dict[str, dict[str, Any]], file: str, name: str, array: Floats, reference: Floats, storage: str
+    rows: dict[str, dict[str, Any]],
+    file: str,
+    name: str,
+    array: Floats,
+    reference: Floats,
+    storage: Storage,
+    count: int | None = None,
 ) -> None:
-    """Adds to ``rows`` how an output (n, ...) of a text differs, the worst of all cases."""
+    """Adds to ``rows`` how an output (n, ...), or one of ``count`` examples, differs, the worst of all cases."""
     rtol, atol = parity.tolerance(storage, reference, True)
-    row = difference(array, reference, atol, rtol) | {"rtol": rtol, "atol": atol, "batch_sizes": [len(reference)]}
+    row = difference(array, reference, atol, rtol) | {"rtol": rtol, "atol": atol}
+    row |= {"batch_sizes": [len(reference) if count is None else count], "dtype": str(array.dtype)}
     key = f"{file} {name}"
     rows[key] = _worse(rows[key], row) if key in rows else {"file": file, "output": name, **row}
 

@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from devices import meter
 from edgetrain import masking
 from edgetrain.data.tokens import TextDataset
-from edgetrain.errors import BudgetBroken
 from edgetrain.noise import masking_block
 from edgetrain.randomness import Purpose, Stream, normal
-from edgetrain.units import format_bytes
 from exporters.language_runtime import LanguageRunner
 from exporters.manifest import LanguageManifest, TextManifest
 from exporters.runtime import Floats
@@ -56,27 +53,19 @@ def evaluate(  # noqa: PLR0917
         BudgetBroken: it took more than the budget.
     """
     cost: Cost
+    runner: LanguageRunner | TextRunner
     if isinstance(manifest, LanguageManifest):
-        runner = LanguageRunner(folder, num_threads)
-        if budget_bytes is not None and not runner.fits(budget_bytes):
-            runner = LanguageRunner(folder, num_threads, keeps=False)
+        runner = LanguageRunner(folder, num_threads, budget_bytes)
         readout, cost = "whole", _language(runner)
     else:
-        text = TextRunner(folder, num_threads)
-        if budget_bytes is not None and not text.fits(budget_bytes):
-            text = TextRunner(folder, num_threads, keeps=False)
-        readout, cost = _text(text)
+        runner = TextRunner(folder, num_threads, budget_bytes)
+        readout, cost = _text(runner)
     num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
     nats = tokens = 0.0
-    for number in range(num_examples):
-        more, count = cost(number, *dataset.read(np.array([number])))
-        nats, tokens = nats + more, tokens + count
-        peak = meter.usage().peak_bytes
-        if budget_bytes is not None and peak > budget_bytes:
-            raise BudgetBroken(
-                f"evaluating took {format_bytes(peak)}, more than the budget of {format_bytes(budget_bytes)}",
-                "Give a larger budget.",
-            )
+    with runner.within("evaluating"):
+        for number in range(num_examples):
+            more, count = cost(number, *dataset.read(np.array([number])))
+            nats, tokens = nats + more, tokens + count
     return Evaluation(readout, nats / max(1.0, tokens), readout == "elbo", num_examples, int(tokens))
 
 

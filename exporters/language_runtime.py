@@ -4,49 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from devices import meter
-from edgetrain.errors import BudgetBroken
-from edgetrain.units import format_bytes
 from exporters.manifest import EMBEDDING, MODEL, MODEL_DATA, NORM, WEIGHTS, LanguageManifest, layer_file, logits_file
-from exporters.runtime import COPIES, ROOM_BYTES, model_errors, open_model
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+from exporters.serving import Runner
 
 Floats = NDArray[np.float32]
+TOKENS_AT_ONCE = 64
+"""Of a text that is read: what a graph takes grows with them."""
+
 KeyValues = list[tuple[Floats, Floats]]
 """Of each layer, keys and values (n, kv_heads, tokens, head_dim)."""
 
 
-class LanguageRunner:
-    """An export, opened.
-
-    Args:
-        keeps: whether graphs stay open, their weights mapped; else one is at a time.
+class LanguageRunner(Runner):
+    """An export, opened; ``budget_bytes`` as of a ``Runner``.
 
     Raises:
         BadInput: the folder is no export of a language model, or a damaged one.
     """
 
-    def __init__(self, folder: Path, num_threads: int = 1, keeps: bool = True) -> None:
-        self.manifest = LanguageManifest.read(folder)
-        self._folder, self._num_threads, self._keeps = folder, num_threads, keeps
-        self._open: dict[str, InferenceSession] = {}
-
-    @property
-    def weights_bytes(self) -> int:
-        """Of all weights, which are mapped as far as graphs are open."""
-        return self.manifest.files[MODEL_DATA if self.manifest.single_file else WEIGHTS].bytes
-
-    def fits(self, budget_bytes: int) -> bool:
-        """Whether all graphs may stay open."""
-        weights_bytes = self.weights_bytes * COPIES[self.manifest.storage]
-        return meter.usage().resident_bytes + weights_bytes + ROOM_BYTES <= budget_bytes
+    def __init__(self, folder: Path, num_threads: int = 1, budget_bytes: int | None = None) -> None:
+        self.manifest = manifest = LanguageManifest.read(folder)
+        weights_bytes = manifest.files[MODEL_DATA if manifest.single_file else WEIGHTS].bytes
+        super().__init__(folder, num_threads, weights_bytes, manifest.storage, len(manifest.graphs), budget_bytes)
 
     def empty(self, n: int) -> KeyValues:
         """The past of a text that begins."""
@@ -95,37 +78,20 @@ class LanguageRunner:
         return np.concatenate(chunks, -1), following
 
     def _run(self, file: str, outputs: Sequence[str], inputs: dict[str, NDArray[np.generic]]) -> list[Floats]:
-        """Runs a graph; the inputs that it has no use for are left out."""
-        model = self._open.get(file) or open_model(self._folder / file, self._num_threads)
-        if self._keeps:
-            self._open[file] = model
-        wanted = {one.name for one in model.get_inputs()}
-        with model_errors(self._folder / file):
-            found: list[Floats] = model.run(list(outputs), {n: array for n, array in inputs.items() if n in wanted})
-        # What onnxruntime gives keeps all memory alive that the graph ran in.
-        return found if self._keeps else [np.array(one) for one in found]
+        return list(self.compute(file, inputs, outputs).values())
 
 
 class LanguageContext:
-    """What an exported model has read of one text.
+    """What an exported model has read of one text."""
 
-    Raises:
-        BudgetBroken: reading took more than ``budget_bytes``.
-    """
-
-    def __init__(self, runner: LanguageRunner, budget_bytes: int | None = None) -> None:
-        self._runner, self._budget_bytes = runner, budget_bytes
+    def __init__(self, runner: LanguageRunner) -> None:
+        self._runner = runner
         self._past = runner.empty(1)
 
     def read(self, tokens: NDArray[np.int64]) -> Floats:
-        """Reads on, ``tokens`` (length,); the logits (vocab_size,) of what comes next."""
-        logits, self._past = self._runner.run(tokens[None], self._past, last=True)
-        peak = meter.usage().peak_bytes
-        if self._budget_bytes is not None and peak > self._budget_bytes:
-            raise BudgetBroken(
-                f"running the model took {format_bytes(peak)}, more than the budget of "
-                f"{format_bytes(self._budget_bytes)}",
-                "Give a larger budget, or export without --single-file: then one layer is in memory at a time.",
-            )
+        """Reads on, ``tokens`` (length,), some at a time; the logits (vocab_size,) of what comes next."""
+        for start in range(0, len(tokens), TOKENS_AT_ONCE):
+            part = tokens[None, start : start + TOKENS_AT_ONCE]
+            logits, self._past = self._runner.run(part, self._past, last=True)
         last: Floats = logits[0, -1]
         return last

@@ -13,7 +13,7 @@ from edgetrain.errors import BadInput, EdgetrainError
 from edgetrain.noise import NoiseSchedule
 from edgetrain.randomness import Purpose
 from edgetrain.store.disk import replace_file
-from exporters.graph import STORAGES
+from exporters.graph import STORAGES, Storage
 
 FORMAT = "edgetrain.export"
 VERSION = 1
@@ -75,7 +75,7 @@ class Manifest:
     width: int
     schedule: NoiseSchedule
     files: Mapping[str, FileRecord]
-    storage: str = "fp32"
+    storage: Storage = "fp32"
     whole: bool = False
 
     @property
@@ -109,7 +109,7 @@ class Manifest:
         """
         found = read(folder)
         if not isinstance(found, cls):
-            raise _another(folder, found)
+            raise another(folder, found)
         return found
 
 
@@ -129,7 +129,7 @@ class LanguageManifest:
     kv_heads: int
     head_dim: int
     files: Mapping[str, FileRecord]
-    storage: str = "fp32"
+    storage: Storage = "fp32"
     length: int = 0
 
     @property
@@ -150,7 +150,7 @@ class LanguageManifest:
         """As ``Manifest.read``, of a language model."""
         found = read(folder)
         if not isinstance(found, cls):
-            raise _another(folder, found)
+            raise another(folder, found)
         return found
 
 
@@ -178,7 +178,7 @@ class TextManifest:
     loops: int
     schedule: NoiseSchedule
     files: Mapping[str, FileRecord]
-    storage: str = "fp32"
+    storage: Storage = "fp32"
 
     @property
     def graphs(self) -> tuple[str, ...]:
@@ -195,7 +195,7 @@ class TextManifest:
         """As ``Manifest.read``, of a language model that was trained from the beginning."""
         found = read(folder)
         if not isinstance(found, cls):
-            raise _another(folder, found)
+            raise another(folder, found)
         return found
 
 
@@ -208,7 +208,7 @@ class TrainingManifest:
     num_blocks: int
     batch_size: int
     files: Mapping[str, FileRecord]
-    storage: str = "fp32"
+    storage: Storage = "fp32"
 
     def write(self, folder: Path) -> None:
         """Writes it into ``folder``, durably."""
@@ -226,7 +226,7 @@ class StackManifest:
     head: bool
     order: tuple[int, ...]
     files: Mapping[str, FileRecord]
-    storage: str = "fp32"
+    storage: Storage = "fp32"
 
     def write(self, folder: Path) -> None:
         """Writes it into ``folder``, durably."""
@@ -238,7 +238,7 @@ class StackManifest:
         """As ``Manifest.read``, of a stack."""
         found = read(folder)
         if not isinstance(found, cls):
-            raise _another(folder, found)
+            raise another(folder, found)
         return found
 
 
@@ -246,7 +246,7 @@ _TEXT, _TRAINING, _STACK = "text", "ort-training", "stack"
 AnyManifest = Manifest | LanguageManifest | TextManifest | TrainingManifest | StackManifest
 
 
-def _another(folder: Path, found: AnyManifest) -> BadInput:
+def another(folder: Path, found: AnyManifest) -> BadInput:
     """What to use for an export that is not of the kind that was asked for."""
     kinds: dict[type, tuple[str, str]] = {
         Manifest: ("a model of images", "Use edgetrain predict, or generate --to for a generator."),
@@ -332,6 +332,8 @@ def _parse_text(content: Mapping[str, Any]) -> TextManifest:
         files=_records(content),
         storage=_storage(content),
     )
+    if not 0 <= parsed.seed < 2**63:
+        raise ValueError(f"the seed {parsed.seed}")
     if parsed.schedule.num_blocks > _MAX_BLOCKS or not 0 <= sum(parsed.layers) < _MAX_BLOCKS or min(parsed.layers) < 0:
         raise ValueError(f"{parsed.schedule.num_blocks} blocks of {parsed.layers} layers")
     if len(parsed.layers) != len(parsed.graphs) or parsed.family not in ("masked", "ar", "recurrent"):
@@ -404,8 +406,8 @@ def _parse(content: Mapping[str, Any]) -> Manifest:
     return parsed
 
 
-def _storage(content: Mapping[str, Any]) -> str:
-    found: str = content.get("storage", "fp32")
+def _storage(content: Mapping[str, Any]) -> Storage:
+    found: Storage = content.get("storage", "fp32")
     if found not in STORAGES:
         raise ValueError(f"the storage {found!r}")
     return found

@@ -89,21 +89,32 @@ class StagedExport:
             shutil.rmtree(earlier, ignore_errors=True)
             if self._to.exists():
                 self._to.rename(earlier)
-            self.folder.rename(self._to)
+            try:
+                self.folder.rename(self._to)
+            except OSError:
+                if earlier.exists():
+                    earlier.rename(self._to)
+                raise
             disk.sync_folder(self._to.parent)
             shutil.rmtree(earlier, ignore_errors=True)
             return Export(tuple(sorted(self._to.iterdir())), self.emit_peak_bytes)
 
 
 @contextmanager
-def stage_artifacts(session: Session, to: Path) -> Iterator[StagedExport]:
-    """As ``stage``, of what onnxruntime's training API takes."""
+def stage_artifacts(session: Session, to: Path, budget_bytes: int | None = None) -> Iterator[StagedExport]:
+    """As ``stage``, of what onnxruntime's training API takes: its generator holds a block several times over.
+
+    Raises:
+        BudgetBroken: the budget does not suffice for that.
+    """
     from exporters import ort_artifacts
+    from exporters.serving import within
 
     to = to.absolute()
     check_replaceable(to)
     with _scratch_folder(to) as folder:
-        ort_artifacts.emit(session, folder, session.store.digest())
+        with within(budget_bytes, "generating what trains"):
+            ort_artifacts.emit(session, folder, session.store.digest())
         yield StagedExport(folder, to, usage().peak_bytes)
 
 
@@ -187,18 +198,24 @@ def _scratch_folder(to: Path) -> Iterator[Path]:
     with disk.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    own = os.fstat(descriptor).st_ino
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SessionLocked(f"another process is exporting to {to}") from error
         try:
+            earlier = _beside(to, "earlier")
             with disk.disk_errors(folder):
                 for left in folder.iterdir():
                     left.unlink()
+                if earlier.exists() and not to.exists():  # a kill came between the two renames
+                    earlier.rename(to)
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Published, it is elsewhere, and another process may have made one of its own since.
+            if folder.exists() and folder.stat().st_ino == own:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
 

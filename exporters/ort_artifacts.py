@@ -8,9 +8,11 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from edgetrain import __version__
 from edgetrain.session import Session
@@ -99,23 +101,47 @@ def _as_torch(path: Path) -> None:
     onnx.save(model, path)
 
 
+class Trained:
+    """A block's artifacts as the training API loads them: graphs that train and evaluate, optimizer and checkpoint."""
+
+    def __init__(self, folder: Path, block: int) -> None:
+        training, evaluating, optimizer, checkpoint = (str(folder / name) for name in artifact_files(block))
+        with _silence():
+            api = _import_training("api")
+            self._state = api.CheckpointState.load_checkpoint(checkpoint)
+            self._module = api.Module(training, self._state, evaluating)
+            self._optimizer = api.Optimizer(optimizer, self._module)
+            self._module.eval()
+
+    def loss(self, given: Mapping[str, NDArray[Any]]) -> float:
+        """Of some examples, by the weights of the checkpoint."""
+        return float(self._module(*(given[name] for name in self._module.input_names())))
+
+
+def _import_training(name: str) -> Any:
+    """A module of onnxruntime.training, without the package around and the converter beside it, which import torch."""
+    ort = import_onnxruntime()
+    if _PACKAGE not in sys.modules:
+        package, converter = types.ModuleType(_PACKAGE), types.ModuleType(_CONVERTER)
+        package.__path__ = [str(Path(ort.__file__).parent / "training")]
+        converter.__dict__.update(OptimizationStyle=None, convert_onnx_models_to_ort=None)
+        stand_ins: dict[str, Any] = {_PACKAGE: package, f"{_PACKAGE}.ortmodule": None, _CONVERTER: converter}
+        sys.modules.update(stand_ins)
+    return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
 @contextlib.contextmanager
 def _generator() -> Iterator[tuple[Any, Any]]:
-    """The modules artifacts and onnxblock, imported without the package around and the converter beside them, which
-    import torch; onnx makes models of the version that onnxruntime-training knows. What is said on the way is not."""
+    """The modules artifacts and onnxblock; onnx makes models of the version that onnxruntime-training knows. What is
+    said on the way is not."""
     import onnx
 
-    ort = import_onnxruntime()
-    package, converter = types.ModuleType(_PACKAGE), types.ModuleType(_CONVERTER)
-    package.__path__ = [str(Path(ort.__file__).parent / "training")]
-    converter.__dict__.update(OptimizationStyle=None, convert_onnx_models_to_ort=None)
-    sys.modules.update({_PACKAGE: package, f"{_PACKAGE}.ortmodule": None, _CONVERTER: converter})  # type: ignore[dict-item]
     before: Any = onnx.IR_VERSION
     changed: Any = IR_VERSION
     onnx.IR_VERSION = changed
     try:
         with _silence():
-            yield importlib.import_module(f"{_PACKAGE}.artifacts"), importlib.import_module(f"{_PACKAGE}.onnxblock")
+            yield _import_training("artifacts"), _import_training("onnxblock")
     finally:
         onnx.IR_VERSION = before
 

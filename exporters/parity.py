@@ -29,7 +29,8 @@ from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import Spec
 from edgetrain.store.disk import replace_file
 from edgetrain.units import format_bytes
-from exporters.manifest import MODEL, block_file, read
+from exporters.graph import Storage
+from exporters.manifest import MODEL, LanguageManifest, TextManifest, block_file, read
 
 RTOL, ATOL = 1e-4, 1e-5
 _ALLOWED = {"fp16": 0.02, "int8": 0.15}
@@ -78,21 +79,24 @@ def check(
 
     Returns:
         For each output: ``file``, ``output``, ``max_abs``, ``max_rel`` (where the reference is above ``atol``),
-        ``rtol``, ``atol``, ``batch_sizes`` and ``passed``.
+        ``rtol``, ``atol``, ``batch_sizes``, ``dtype`` and ``passed``.
 
     Raises:
         ParityFailed: an output differs by more than ``atol + rtol * |reference|``, or is not finite.
         BudgetBroken: the budget is too small to run the model.
         SessionLocked: the session was trained on while it was exported.
     """
-    digest = read(export_path).digest
+    made = read(export_path)
+    digest = made.digest
     if digest != reference.digest:
         raise SessionLocked(f"{session_path} was trained on while it was exported", "Export it again.")
     remaining = None if budget_bytes is None else budget_bytes - resident_bytes_fast()[0]
     compared = _compare(Request(session_path.absolute(), export_path.absolute(), reference.descriptor, remaining))
     rows: list[dict[str, Any]] = compared["rows"]
     peaks = {"reference": reference.peak_bytes, "compare": compared["peak_bytes"]}
-    report = {"digest": digest, "outputs": rows, "peak_bytes": peaks}
+    report: dict[str, Any] = {"digest": digest, "storage": made.storage, "outputs": rows, "peak_bytes": peaks}
+    if isinstance(made, (LanguageManifest, TextManifest)):
+        report["lengths"] = [length for _, length in LANGUAGE_SHAPES]
     replace_file(export_path / PARITY, json.dumps(report, indent=1).encode())
     failed = [row for row in rows if not row["passed"]]
     if failed:
@@ -127,7 +131,7 @@ def _compare(request: Request) -> dict[str, Any]:
     return report
 
 
-def tolerance(storage: str, reference: NDArray[np.float32], of_largest: bool) -> tuple[float, float]:
+def tolerance(storage: Storage, reference: NDArray[np.float32], of_largest: bool) -> tuple[float, float]:
     """(rtol, atol) for an output. ``of_largest``: near zero it has the rounding of its large neighbours, as logits of a
     text have."""
     largest = float(np.abs(reference).max())

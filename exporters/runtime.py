@@ -20,7 +20,6 @@ from edgetrain.noise import euler_coefficients
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.store import disk
 from edgetrain.store.slot import read_header
-from edgetrain.units import MIB
 from exporters.manifest import CODEBOOK, MODEL, WEIGHTS, Manifest, block_file
 
 if TYPE_CHECKING:
@@ -30,14 +29,6 @@ Floats = NDArray[np.float32]
 
 _TINY = np.float32(1e-12)
 _OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory")
-
-
-ROOM_BYTES = 64 * MIB
-"""What onnxruntime takes for itself and for a graph that runs."""
-
-COPIES = {"fp32": 1, "int8": 1, "fp16": 5}
-"""How many times their bytes the weights of graphs that stay open take: a CPU computes with 16 bits in float32, and
-keeps copies for it."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from devices.limits import is_out_of_memory
 from edgetrain.errors import BadInput
 from edgetrain.models.base import Boundary
 from edgetrain.models.stack import StackNetwork, called
@@ -22,6 +23,7 @@ from exporters.manifest import HEAD, STEM, layer_file
 from exporters.parity import BATCH_SIZES
 from exporters.weights import Weights
 
+_NO_MEMORY = "Could not allocate"  # of torch's binding to Python
 _Tensors = Sequence[Mapping[str, Tensor]]
 
 
@@ -120,4 +122,6 @@ def _export(
     except (OSError, MemoryError):
         raise
     except Exception as error:
+        if is_out_of_memory(error) or _NO_MEMORY in str(error):
+            raise MemoryError(str(error)) from error
         raise BadInput(f"{what} has no ONNX: {type(error).__name__}: {error}") from error

@@ -8,80 +8,45 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from devices import meter
-from edgetrain.errors import BadInput, BudgetBroken
+from edgetrain.errors import BadInput
 from edgetrain.noise import euler_coefficients, masking_block
 from edgetrain.randomness import Purpose, Stream, normal
-from edgetrain.units import format_bytes
+from exporters.language_runtime import TOKENS_AT_ONCE
 from exporters.manifest import MODEL_DATA, WEIGHTS, TextManifest
-from exporters.runtime import COPIES, ROOM_BYTES, Floats, model_errors, open_model, unit_rows
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+from exporters.runtime import Floats, unit_rows
+from exporters.serving import Runner
 
 Tokens = NDArray[np.int64]
 
 
-class TextRunner:
-    """An export, opened.
-
-    Args:
-        keeps: whether graphs stay open, their weights mapped; else one is at a time.
-        budget_bytes: checked after each run.
+class TextRunner(Runner):
+    """An export, opened; ``budget_bytes`` as of a ``Runner``.
 
     Raises:
         BadInput: the folder is no export of such a model, or a damaged one.
     """
 
-    def __init__(self, folder: Path, num_threads: int = 1, keeps: bool = True, budget_bytes: int | None = None) -> None:
-        self.manifest = TextManifest.read(folder)
-        self._folder, self._num_threads, self._keeps = folder, num_threads, keeps
-        self._budget_bytes = budget_bytes
-        self._open: dict[str, InferenceSession] = {}
-
-    @property
-    def weights_bytes(self) -> int:
-        """Of all weights, which are mapped as far as graphs are open."""
-        return self.manifest.files[MODEL_DATA if self.manifest.single_file else WEIGHTS].bytes
-
-    def fits(self, budget_bytes: int) -> bool:
-        """Whether all graphs may stay open."""
-        weights_bytes = self.weights_bytes * COPIES[self.manifest.storage]
-        return meter.usage().resident_bytes + weights_bytes + ROOM_BYTES <= budget_bytes
+    def __init__(self, folder: Path, num_threads: int = 1, budget_bytes: int | None = None) -> None:
+        self.manifest = manifest = TextManifest.read(folder)
+        weights_bytes = manifest.files[MODEL_DATA if manifest.single_file else WEIGHTS].bytes
+        super().__init__(folder, num_threads, weights_bytes, manifest.storage, len(manifest.graphs), budget_bytes)
 
     def run(self, block: int, given: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
         """All outputs of a block's graph, by name; the inputs that it has no use for are left out.
 
         Raises:
             BadInput: it does not compute what the manifest says.
-            BudgetBroken: it took more than the budget.
         """
         file = self.manifest.graphs[block]
-        if file not in self._open and not self._keeps:
-            self._open.clear()  # before the next one is loaded
-        model = self._open.get(file) or open_model(self._folder / file, self._num_threads)
-        self._open[file] = model
-        names = [one.name for one in model.get_outputs()]
-        wanted = {one.name for one in model.get_inputs()}
-        with model_errors(self._folder / file):
-            outputs = model.run(names, {name: array for name, array in given.items() if name in wanted})
-        # What onnxruntime gives keeps all memory alive that the graph ran in.
-        found = dict(zip(names, outputs if self._keeps else map(np.array, outputs), strict=True))
+        found = self.compute(file, given)
         logits = found.get("logits")
         if logits is None or logits.shape != (*given["input_ids"].shape, self.manifest.vocab_size):
             raise BadInput(f"{self._folder / file} does not compute what the manifest says")
-        peak = meter.usage().peak_bytes
-        if self._budget_bytes is not None and peak > self._budget_bytes:
-            raise BudgetBroken(
-                f"running the model took {format_bytes(peak)}, more than the budget of "
-                f"{format_bytes(self._budget_bytes)}",
-                "Give a larger budget.",
-            )
         return found
 
     def empty(self, block: int, n: int) -> dict[str, Floats]:
@@ -139,10 +104,15 @@ class TextContext:
         return self._is_cached and self._manifest.streams == 2
 
     def read(self, tokens: Tokens) -> Floats:
-        """Reads on, ``tokens`` (length,); the logits (vocab_size,) of what comes next."""
-        self._tokens = np.concatenate([self._tokens, tokens])
+        """Reads on, ``tokens`` (length,), some at a time if there are keys and values; the logits (vocab_size,) of what
+        comes next."""
         is_one = self._manifest.whole or self._manifest.single_file
-        last: Floats = (self._whole(tokens) if is_one else self._chain(tokens))[0, -1]
+        at_once = TOKENS_AT_ONCE if self._is_cached and (is_one or self._has_two_streams) else len(tokens)
+        for start in range(0, len(tokens), at_once):
+            part = tokens[start : start + at_once]
+            self._tokens = np.concatenate([self._tokens, part])
+            logits = self._whole(part) if is_one else self._chain(part)
+        last: Floats = logits[0, -1]
         return last
 
     def _whole(self, tokens: Tokens) -> Floats:

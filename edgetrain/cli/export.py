@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgetrain.cli import options
-from edgetrain.errors import UsageError
+from edgetrain.errors import BudgetBroken, UsageError
 
 if TYPE_CHECKING:
     from edgetrain.session import Session
@@ -35,10 +35,8 @@ _HF_NEEDED_BYTES = 8 << 20
     "ort-training, of a classifier in blocks: what onnxruntime's training API takes.  [onnx]",
 )
 @click.option("--single-file", is_flag=True, help="onnx: one model.onnx; of a classifier the chain unrolled.")
-@click.option(
-    "--int8", "storage", flag_value="int8", help="onnx: 8-bit matrices in layers, a scale for each output channel."
-)
-@click.option("--fp16", "storage", flag_value="fp16", help="onnx: 16-bit matrices and tables, for GPUs.")
+@click.option("--int8", is_flag=True, help="onnx: 8-bit matrices in layers, a scale for each output channel.")
+@click.option("--fp16", is_flag=True, help="onnx: 16-bit matrices and tables, for GPUs.")
 @click.option("--merge", is_flag=True, help="Add a LoRA adapter to the weights; of hf the whole model.")
 @click.option("--dtype", type=click.Choice(list(_DTYPES)), help="hf: the type of the weights.  [as imported]")
 @options.BUDGET
@@ -48,7 +46,8 @@ def command(
     folder: Path,
     kind: str | None,
     single_file: bool,
-    storage: Storage | None,
+    int8: bool,
+    fp16: bool,
     merge: bool,
     dtype: str | None,
     budget: int | None,
@@ -72,8 +71,11 @@ def command(
 
     found = Session.open(session)
     kind = _checked_format(found.spec, kind)
-    given = {"--single-file": single_file, f"--{storage}": storage, "--dtype": dtype, "--merge": merge}
-    unfit = {"onnx": ["--dtype"], "hf": ["--single-file", f"--{storage}"], "ort-training": list(given)}
+    if int8 and fp16:
+        raise UsageError("weights are stored in one way", "Choose --int8 or --fp16.")
+    storage: Storage = "int8" if int8 else "fp16" if fp16 else "fp32"
+    given = {"--single-file": single_file, "--int8": int8, "--fp16": fp16, "--dtype": dtype, "--merge": merge}
+    unfit = {"onnx": ["--dtype"], "hf": ["--single-file", "--int8", "--fp16"], "ort-training": list(given)}
     for option in unfit[kind]:
         if given[option]:
             raise UsageError(f"{option} is no option of --format {kind}", "See edgetrain export --help.")
@@ -85,19 +87,19 @@ def command(
     from exporters import onnx
 
     if isinstance(found.spec.model, StackSpec):
-        if single_file or storage or merge:
+        if single_file or int8 or fp16 or merge:
             raise UsageError(
                 "a model of your own leaves as a graph for each part, in float32", "Leave the options out."
             )
         staged: Any = partial(onnx.stage_stack, found, folder, graphs_of(folder))
     elif kind == "onnx":
         onnx.check_mergeable(found, merge)
-        staged = partial(onnx.stage, found, folder, single_file, storage or "fp32", merge)
+        staged = partial(onnx.stage, found, folder, single_file, storage, merge)
     else:
         from exporters import ort_training
 
         ort_training.check(found.spec)
-        staged = partial(onnx.stage_artifacts, found, folder)
+        staged = partial(onnx.stage_artifacts, found, folder, options.saved_budget(found, budget))
     _export_compared(found, session, folder, single_file, staged, budget, as_json)
 
 
@@ -135,6 +137,11 @@ def _export_compared(
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
     with stage() as staged:
+        if staged.emit_peak_bytes > budget:
+            raise BudgetBroken(
+                f"exporting took {format_bytes(staged.emit_peak_bytes)}, over the budget of {format_bytes(budget)}",
+                "Give a larger budget; nothing was exported.",
+            )
         rows = parity.check(session, staged.folder, reference, budget)
         storage = read(staged.folder).storage
         export = staged.publish()
@@ -150,7 +157,8 @@ def _export_compared(
     def text() -> str:
         return "\n".join([
             *(f"{path}  {format_bytes(path.stat().st_size)}" for path in export.files),
-            *(f"{r['file']} {r['output']:18} differs by at most {r['max_abs']:.2e}, relative {r['max_rel']:.2e}"
+            *(f"{r['file']} {r['output']:18} differs by at most {r['max_abs']:.2e} (allowed {r['atol']:.1e} + "
+              f"{r['rtol']:g} of it), relative {r['max_rel']:.2e}"
               for r in rows),
             f"emitted within {format_bytes(export.emit_peak_bytes)}",
         ])  # fmt: skip
@@ -184,7 +192,6 @@ def _export_hf(found: Session, folder: Path, merge: bool, dtype: str | None, bud
 
 def _hf_within(found: Session, folder: Path, merge: bool, dtype: str | None, budget: int | None) -> Export:
     """The export, inside the budget that is named now or was at the latest training, if there is one."""
-    from edgetrain.errors import BudgetBroken
     from edgetrain.governor import Governor
     from edgetrain.units import format_bytes
     from exporters import hf_session

@@ -52,19 +52,19 @@ def write(
     from devices import meter
     from edgetrain import generation
     from exporters.language_runtime import LanguageContext, LanguageRunner
+    from exporters.manifest import LanguageManifest
 
-    runner = LanguageRunner(folder, threads)
-    manifest = runner.manifest
+    manifest = LanguageManifest.read(folder)
     text = generation.Text(folder, manifest.vocab_size)
     tokens = generation.read_prompt(text, folder, prompt, chat)
     generation.check_length(manifest, len(tokens), max_tokens)
     ends = generation.end_tokens(folder, text)
     return_freed_memory()
-    if budget is not None and not runner.fits(budget):
-        runner = LanguageRunner(folder, threads, keeps=False)
+    runner = LanguageRunner(folder, threads, budget)
     began = time.perf_counter()
-    context = LanguageContext(runner, budget)
-    made = list(generation.generate(context.read, tokens, max_tokens, ends, generation.Sampling(*sampling)))
+    with runner.within("generating text"):
+        context = LanguageContext(runner)
+        made = list(generation.generate(context.read, tokens, max_tokens, ends, generation.Sampling(*sampling)))
     seconds = time.perf_counter() - began
     writer = generation.Writer(text, tokens.tolist())
     pieces = [writer.add(token) for token in made if token not in ends] + [writer.end()]
@@ -90,11 +90,11 @@ def evaluate(
     from edgetrain.spec import TextSpec
     from edgetrain.units import format_bytes
     from exporters.evaluation import evaluate
-    from exporters.manifest import LanguageManifest, TextManifest, read
+    from exporters.manifest import LanguageManifest, TextManifest, another, read
 
     manifest = read(folder)
     if not isinstance(manifest, (LanguageManifest, TextManifest)):
-        raise UsageError(f"{folder} is no export of a language model", "Of a classifier: edgetrain predict --data.")
+        raise another(folder, manifest)
     if data is None:
         raise UsageError("an export has no text of its own", "Name one by --data.")
     length = manifest.length

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgetrain.cli import options
-from edgetrain.errors import BudgetBroken, DiskError, UsageError
+from edgetrain.errors import DiskError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,19 +55,16 @@ def paint_exported(folder: Path, wanted: Wanted, budget: int | None, threads: in
     from devices.limits import prepare_process
 
     prepare_process(threads)
-    from devices import meter
-    from edgetrain.units import format_bytes
     from exporters.image_runtime import ImageGenerator
+    from exporters.manifest import MODEL, WEIGHTS
+    from exporters.serving import within
 
     generator = ImageGenerator(folder, threads)
     chosen, labels = _labels(generator.manifest.class_names, wanted)
-    images = generator.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
-    peak = meter.usage().peak_bytes
-    if budget is not None and peak > budget:
-        raise BudgetBroken(
-            f"generating took {format_bytes(peak)}, more than the budget of {format_bytes(budget)}",
-            "Raise --memory-budget, or generate fewer images at a time.",
-        )
+    manifest = generator.manifest
+    weights_bytes = manifest.files[MODEL if manifest.single_file else WEIGHTS].bytes
+    with within(budget, "generating images", weights_bytes, weights_bytes // manifest.schedule.num_blocks):
+        images = generator.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
     _write(grid_of(images, len(chosen)), wanted.file)
     _report(wanted, labels, budget, as_json)
 

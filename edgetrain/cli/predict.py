@@ -28,6 +28,7 @@ _CHUNK_EXAMPLES = 256
     show_default=True,
     help="Noise draws to average; 0: no noise, the same each time.",
 )
+@options.BUDGET
 @options.THREADS
 @options.JSON
 def command(
@@ -38,6 +39,7 @@ def command(
     euler_steps: int | None,
     projection: Literal["soft", "hard"],
     draws: int,
+    budget: int | None,
     threads: int,
     as_json: bool,
 ) -> None:
@@ -46,7 +48,7 @@ def command(
     \b
     Examples:
       edgetrain predict my-model cat.png dog.png
-      edgetrain predict my-model --data digits
+      edgetrain predict my-model --data digits --memory-budget 150MiB
     """
     if bool(images) == (data is not None):
         raise UsageError("predict needs images, or --data", "edgetrain predict my-model image.png")
@@ -57,21 +59,26 @@ def command(
 
     from devices.meter import usage
     from edgetrain.data import load_image, open_dataset, to_float
+    from exporters.manifest import MODEL, WEIGHTS
     from exporters.runtime import Predictor
+    from exporters.serving import within
 
     predictor = Predictor(model, threads)
-    names = predictor.manifest.class_names
+    manifest = predictor.manifest
+    names, weights_bytes = manifest.class_names, manifest.files[MODEL if manifest.single_file else WEIGHTS].bytes
+    touched = weights_bytes // (1 if manifest.single_file else manifest.schedule.num_blocks)
     settings: dict[str, Any] = {"num_steps": euler_steps, "projection": projection, "draws": draws}
     if images:
         rows: list[dict[str, Any]] = []
-        for start in range(0, len(images), _CHUNK_EXAMPLES):
-            chunk = images[start : start + _CHUNK_EXAMPLES]
-            pixels = np.stack([load_image(path, predictor.manifest.image_shape) for path in chunk])
-            found = predictor.predict(to_float(pixels), start, **settings).probabilities
-            rows += [
-                {"image": str(path), "class": names[int(p.argmax())], "probability": float(p.max())}
-                for path, p in zip(chunk, found, strict=True)
-            ]
+        with within(budget, "predicting", weights_bytes, touched):
+            for start in range(0, len(images), _CHUNK_EXAMPLES):
+                chunk = images[start : start + _CHUNK_EXAMPLES]
+                pixels = np.stack([load_image(path, manifest.image_shape) for path in chunk])
+                found = predictor.predict(to_float(pixels), start, **settings).probabilities
+                rows += [
+                    {"image": str(path), "class": names[int(p.argmax())], "probability": float(p.max())}
+                    for path, p in zip(chunk, found, strict=True)
+                ]
         value: dict[str, Any] = {"predictions": rows, "peak_bytes": usage().peak_bytes}
         lines = [f"{row['image']}: {row['class']} ({row['probability']:.3f})" for row in rows]
     else:
@@ -79,11 +86,12 @@ def command(
             dataset = open_dataset(data or "", split, Path(scratch))
             chain, first = ("chain", "sigma_max") if draws else ("chain-mode", "sigma_max-mode")
             correct = {chain: 0, first: 0}
-            for start in range(0, dataset.num_examples, _CHUNK_EXAMPLES):
-                x, labels = dataset.read(np.arange(start, min(start + _CHUNK_EXAMPLES, dataset.num_examples)))
-                one = predictor.predict(to_float(x), start, **settings)
-                correct[chain] += int((one.probabilities.argmax(1) == labels).sum())
-                correct[first] += int((one.sigma_max_probabilities.argmax(1) == labels).sum())
+            with within(budget, "predicting", weights_bytes, touched):
+                for start in range(0, dataset.num_examples, _CHUNK_EXAMPLES):
+                    x, labels = dataset.read(np.arange(start, min(start + _CHUNK_EXAMPLES, dataset.num_examples)))
+                    one = predictor.predict(to_float(x), start, **settings)
+                    correct[chain] += int((one.probabilities.argmax(1) == labels).sum())
+                    correct[first] += int((one.sigma_max_probabilities.argmax(1) == labels).sum())
         if predictor.manifest.whole:
             correct = {"top-1": correct[chain]}
         rows = [

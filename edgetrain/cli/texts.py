@@ -80,30 +80,30 @@ def write_exported(
 
     prepare_process(threads)
     from edgetrain import generation
+    from exporters.manifest import TextManifest
     from exporters.text_runtime import TextContext, TextRunner
 
-    runner = TextRunner(folder, threads, budget_bytes=budget)
-    manifest = runner.manifest
+    manifest = TextManifest.read(folder)
     asked = _Asked(folder, prompt, max_tokens, manifest.vocab_size, manifest.family == "masked", manifest.length)
     if steps and manifest.single_file and not (asked.is_masked or manifest.whole):
         raise UsageError(
             f"the one graph in {folder} takes no steps", "Leave --steps out, or export without --single-file."
         )
     return_freed_memory()
-    if budget is not None and not runner.fits(budget):
-        runner = TextRunner(folder, threads, keeps=False, budget_bytes=budget)
+    runner = TextRunner(folder, threads, budget)
     how = generation.Sampling(*sampling)
     began = time.perf_counter()
-    if asked.is_masked:
+    with runner.within("generating text"):
+        if asked.is_masked:
 
-        def unmask(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-            number = steps or asked.num_masked
-            return generation.unmask(runner.unmasking_logits, tokens, manifest.vocab_size, number, how)
+            def unmask(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+                number = steps or asked.num_masked
+                return generation.unmask(runner.unmasking_logits, tokens, manifest.vocab_size, number, how)
 
-        made, finish, num_tokens = asked.filled(unmask)
-    else:
-        context = TextContext(runner, steps or 1, how.seed, steps)
-        made, finish, num_tokens = asked.followed(context.read, how)
+            made, finish, num_tokens = asked.filled(unmask)
+        else:
+            context = TextContext(runner, steps or 1, how.seed, steps)
+            made, finish, num_tokens = asked.followed(context.read, how)
     asked.emit(made, finish, num_tokens, time.perf_counter() - began, budget, as_json)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 import devices
 from edgetrain.errors import BadInput
@@ -108,10 +109,10 @@ def test_from_a_session_to_a_grid_without_torch(tmp_path):
         done = run_cli("generate", model, "--to", grid, *more)
         assert done.returncode == 0, done.stderr
         value = json.loads(done.stdout)
-        grids.append(grid.read_bytes()[:8])
+        grids.append(np.asarray(Image.open(grid)).astype(int))
     assert value["images"] == 4
     assert value["peak_bytes"] < 150 << 20
-    assert grids[0] == grids[1]
+    assert np.abs(grids[0] - grids[1]).max() <= 1 and grids[0].std() > 1
     done = run_cli(
         "export", tmp_path / "s", "--to", tmp_path / "one", "--single-file", "--memory-budget", "400MiB", "--json"
     )

@@ -15,7 +15,7 @@ import torch
 from edgetrain.errors import BadInput, BudgetBroken, ParityFailed, UsageError
 from edgetrain.session import Session
 from edgetrain.vocabulary import put_tokenizer
-from exporters import hf_session, parity
+from exporters import hf_session, language_runtime, parity
 from exporters import onnx as emitter
 from exporters.language_runtime import LanguageContext, LanguageRunner
 from exporters.manifest import MANIFEST, MODEL, MODEL_DATA, WEIGHTS, LanguageManifest, Manifest
@@ -193,12 +193,28 @@ def test_parity_is_written_and_failing_leaves_nothing(with_reference, monkeypatc
 def test_one_graph_at_a_time_or_all_open_is_the_same(session_of, tmp_path):
     exported(session_of(), tmp_path / "to", False)
     tokens = np.arange(6)
-    contexts = [LanguageContext(LanguageRunner(tmp_path / "to", keeps=keeps)) for keeps in (True, False)]
+    contexts = [LanguageContext(LanguageRunner(tmp_path / "to", budget_bytes=budget)) for budget in (None, 1)]
+    assert [context._runner.keeps for context in contexts] == [True, False]
     for part in (tokens[:3], tokens[3:4], tokens[4:]):
         one, other = (context.read(part) for context in contexts)
         np.testing.assert_array_equal(one, other)
-    with pytest.raises(BudgetBroken, match="budget"):
-        LanguageContext(LanguageRunner(tmp_path / "to"), budget_bytes=1).read(tokens)
+    runner = LanguageRunner(tmp_path / "to", budget_bytes=1 << 20)
+    with pytest.raises(BudgetBroken, match="generating text"), runner.within("generating text"):
+        LanguageContext(runner).read(tokens)
+
+
+def test_a_long_text_is_read_some_tokens_at_a_time(session_of, tmp_path, monkeypatch):
+    exported(session_of(), tmp_path / "to", True)
+    tokens = random_tokens(150, 1, 30)[0]
+    whole = LanguageContext(LanguageRunner(tmp_path / "to")).read(tokens)
+    monkeypatch.setattr(language_runtime, "TOKENS_AT_ONCE", 7)
+    lengths = []
+    run = LanguageRunner.run
+    monkeypatch.setattr(LanguageRunner, "run", lambda self, part, *a, **k: lengths.append(part.shape[1]) or run(
+        self, part, *a, **k))  # fmt: skip
+    parts = LanguageContext(LanguageRunner(tmp_path / "to")).read(tokens)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-5)
+    assert lengths == [7, 7, 7, 7, 2]
 
 
 @pytest.fixture(scope="module")
@@ -254,13 +270,13 @@ def test_from_a_session_to_a_text(readable, tmp_path, single_file):
     assert "edgetrain generate" in done.stderr
 
 
-@pytest.mark.parametrize("keeps", [False, True])
-def test_results_do_not_keep_a_graph_that_is_closed(session_of, tmp_path, keeps):
+@pytest.mark.parametrize("budget", [None, 1])
+def test_results_do_not_keep_a_graph_that_is_closed(session_of, tmp_path, budget):
     """What onnxruntime returns is a view of memory that it frees when the last of it is gone."""
     exported(session_of(), tmp_path / "to", False)
-    runner = LanguageRunner(tmp_path / "to", keeps=keeps)
+    runner = LanguageRunner(tmp_path / "to", budget_bytes=budget)
     _, past = runner.run(random_tokens(150), runner.empty(2))
-    assert all(array.flags.owndata != keeps for pair in past for array in pair)
+    assert all(array.flags.owndata == (budget is not None) for pair in past for array in pair)
 
 
 @pytest.mark.parametrize("storage", ["fp32", "int8"])

@@ -10,12 +10,15 @@ import onnx
 import pytest
 
 from edgetrain.data import open_dataset
-from edgetrain.errors import BadInput, UsageError
+from edgetrain.errors import BadInput, BudgetBroken, ParityFailed, UsageError
 from edgetrain.schedule import Update
+from edgetrain.session import Session
 from edgetrain.training_data import draw_labels, training_batches
+from exporters import parity
 from exporters.manifest import Manifest, TrainingManifest, artifact_files, read
 from exporters.onnx import stage_artifacts
 from exporters.ort_training import BlockMath, adamw
+from exporters.reference import compute
 from tests.exporters.common import run_python
 from tests.exporters.test_ort_training import new_session, spec_of
 from tests.test_dit import run
@@ -91,6 +94,13 @@ def test_the_command(tmp_path: Path) -> None:
         assert [row["output"] for row in made["parity"]] == ["loss", "loss"]
         assert all(row["passed"] for row in made["parity"])
         assert made["emit_peak_bytes"] < 120 << 20, "torch was imported"
+    assert all(row["batch_sizes"] == [2, 5] for row in made["parity"])
+    wrong = tmp_path / "wrong"
+    with stage_artifacts(Session.open(session), wrong) as staged:
+        checkpoints = [staged.folder / artifact_files(block)[3] for block in range(2)]
+        checkpoints[0].write_bytes(checkpoints[1].read_bytes())  # of another block
+        with pytest.raises(ParityFailed, match="loss"), (tmp_path / "outputs").open("w+b") as file:
+            parity.check(session, staged.folder, compute(Session.open(session), False, file.fileno(), None), None)
     model = onnx.load(to / "block00.optimizer_model.onnx")
     assert model.ir_version == 10
     modes = [one.i for node in model.graph.node for one in node.attribute if one.name == "adam_mode"]
@@ -108,3 +118,14 @@ def test_only_what_onnxruntime_trains(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="auxiliary"), stage_artifacts(session, tmp_path / "x"):
         pass
     assert not (tmp_path / "x").exists()
+
+
+def test_what_does_not_fit_the_budget_leaves_nothing(tmp_path: Path) -> None:
+    spec = spec_of({"model.width": 256, "diffusion_blocks.num_blocks": 1})
+    session = new_session(tmp_path / "s", spec)
+    with (
+        pytest.raises(BudgetBroken, match="generating what trains"),
+        stage_artifacts(session, tmp_path / "x", 90 << 20),
+    ):
+        pass
+    assert not list(tmp_path.glob("*x*"))

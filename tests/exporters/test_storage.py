@@ -128,4 +128,8 @@ def test_the_command(tmp_path: Path, storage: str) -> None:
     assert made["storage"] == storage
     assert all(row["passed"] and row["rtol"] == 0 < row["max_abs"] <= row["atol"] for row in made["parity"])
     assert Manifest.read(to).storage == storage
-    assert run("predict", to, "--data", "digits", "--threads", 1)["results"]
+    found = run("predict", to, "--data", "digits", "--threads", 1, "--memory-budget", "200MiB")
+    assert found["results"] and found["peak_bytes"] <= 200 << 20
+    assert "predicting" in run("predict", to, "--data", "digits", "--memory-budget", "60MiB", exit_code=8)["message"]
+    said = run("export", session, "--to", to, "--int8", "--fp16", exit_code=2)
+    assert "in one way" in said["message"]

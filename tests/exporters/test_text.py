@@ -13,9 +13,10 @@ import devices
 from edgetrain.generation import Sampling, generate, unmask
 from edgetrain.session import Session
 from edgetrain.text_sampling import TextModel
-from exporters import parity
+from exporters import parity, text_runtime
 from exporters.text_runtime import TextContext, TextRunner
 from tests.exporters.common import export, make_session
+from tests.test_dit import run
 from tests.text_families import ONE_STREAM, VOCABULARY, small
 
 PAPER = {"diffusion_blocks__preset": "paper"}
@@ -124,3 +125,25 @@ def test_coarser_weights_are_near(name: str, storage: Any, tmp_path: Path) -> No
         rtol, atol = parity.tolerance(storage, logits[1], True)
         np.testing.assert_allclose(*logits, rtol=rtol, atol=atol)
         assert np.abs(logits[0] - logits[1]).max() > 0
+
+
+@pytest.mark.parametrize("name", ["ar", "ar, paper", "ar, whole", "recurrent"])
+def test_a_long_prompt_is_read_some_tokens_at_a_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, changes = VARIANTS[name]
+    folder = export(make_session(tmp_path / "s", small(family, **changes)), tmp_path / "x")
+    tokens = np.arange(30) % VOCABULARY
+    whole = TextContext(TextRunner(folder), 2, 1).read(tokens)
+    monkeypatch.setattr(text_runtime, "TOKENS_AT_ONCE", 7)
+    parts = TextContext(TextRunner(folder), 2, 1).read(tokens)
+    np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_budget_is_kept_by_refusing(tmp_path: Path) -> None:
+    """A prompt that would take half a gibibyte."""
+    folder = export(make_session(tmp_path / "s", small("recurrent", model__vocab_size=257)), tmp_path / "x")
+    arguments = ("generate", folder, "--prompt", "long " * 600, "--max-tokens", 2, "--threads", 1)
+    said = run(*arguments, "--memory-budget", "120MiB", exit_code=8)
+    assert "generating text takes more than" in said["message"]
+    assert run(*arguments, "--memory-budget", "2GiB")["peak_bytes"] > 240 << 20
