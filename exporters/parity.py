@@ -42,6 +42,7 @@ LANGUAGE_SHAPES = ((1, 7), (3, 12))
 PARITY = "parity.json"
 
 _SEED = 0
+_ROOM_MIB = 32
 _IMAGES, _SIGMA, _STATE, _TOKENS, _ROW = range(5)  # streams of their own, whatever evaluation draws
 
 
@@ -186,7 +187,7 @@ def limit_memory(budget_bytes: int | None, mapped_bytes: int = 0, touched_bytes:
         raise BudgetBroken(
             f"comparing needs more than the {format_bytes(budget_bytes)} that the budget leaves for it: "
             f"{format_bytes(now.resident_bytes + touched_bytes)} without room to compute in",
-            "Give a larger budget.",
+            f"Name a larger one, --memory-budget {(now.resident_bytes + touched_bytes >> 20) + _ROOM_MIB}MiB or more.",
         )
     limits.set_data_limit(limit + 2 * mapped_bytes)
 

@@ -93,7 +93,8 @@ def command(
         return
     if isinstance(spec.model, StackSpec):
         raise UsageError(
-            "what a model of your own is good for, only you can tell", "edgetrain.Training(...).state_dict()"
+            "what a model of your own is good for, only you can tell",
+            "Take its weights: edgetrain.Training(...).state_dict().",
         )
     if limit is not None:
         raise UsageError("--limit is there for language models; a classifier is evaluated on all examples")

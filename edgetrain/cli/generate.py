@@ -101,7 +101,7 @@ def command(
     options.check_device(device)
     from edgetrain.cli.exported import is_exported, is_trained_from_the_beginning, makes_images
     from edgetrain.cli.exported import write as write_exported
-    from edgetrain.spec import ModelSpec, TextModelSpec
+    from edgetrain.spec import ModelSpec, StackSpec, TextModelSpec
 
     generator = _session_of(model, ModelSpec)
     is_generator = generator is not None and generator.spec.model.family == "dit"
@@ -116,6 +116,10 @@ def command(
         else:
             paint(generator, wanted, budget, device, threads, as_json)
         return
+    if generator is not None:
+        raise UsageError(f"{model} has a classifier, which makes nothing", "Export it, and use edgetrain predict.")
+    if _session_of(model, StackSpec) is not None:
+        raise UsageError(f"{model} has a model of your own, which makes no text", "Export it (docs/export.md).")
     if prompt is None:
         raise UsageError("there is no text to go on from", "Give it by --prompt.")
     if (writer := _session_of(model, TextModelSpec)) is not None:

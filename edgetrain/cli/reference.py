@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from edgetrain.cli import options
 from edgetrain.cli.become import become
 from edgetrain.cli.main import guarded
 
@@ -63,7 +64,7 @@ def main() -> None:
     def computed() -> NoReturn:
         from devices import limits
 
-        limits.prepare_process(1)
+        options.start_torch(1)
         from edgetrain.session import Session
         from edgetrain.spec import StackSpec
         from edgetrain.store.disk import disk_errors
