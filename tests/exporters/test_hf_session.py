@@ -464,11 +464,12 @@ def test_options_that_do_not_fit(lora, tmp_path):
     assert nothing_at(tmp_path / "to")
 
 
-def test_a_model_of_ones_own_has_no_format():
+def test_a_model_of_ones_own_leaves_as_onnx_alone():
     spec = Spec(data=StackDataSpec(), model=StackSpec(), train=TrainSpec(objective="exact"))
-    for kind in (None, "hf", "onnx"):
-        with pytest.raises(UsageError, match="no export of a model of your own"):
+    for kind in ("hf", "ort-training"):
+        with pytest.raises(UsageError, match="has no export of the format"):
             _checked_format(spec, kind)
+    assert [_checked_format(spec, kind) for kind in (None, "onnx")] == ["onnx", "onnx"]
 
 
 def test_a_base_that_was_moved(lora, tmp_path):
