@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from edgetrain.cli import options
 from edgetrain.errors import UsageError
 
+if TYPE_CHECKING:
+    from edgetrain.plan import Plan
+    from edgetrain.session import Session
+
 _WORTH_SAYING = 1.2
+_EXPORTER_BYTES = 50 << 20
+_COPIES_OF_A_PART = 4
+"""What torch.onnx.export takes beside torch itself, and how many times over it holds a part: measured at 128 MiB."""
 
 
 @click.command("plan")
@@ -44,6 +52,7 @@ def command(
     from edgetrain import planning
     from edgetrain.cli.probe import probed
     from edgetrain.session import Session
+    from edgetrain.spec import StackSpec
     from edgetrain.units import format_bytes, format_seconds
 
     if (session is None) == (recipe is None):
@@ -66,6 +75,7 @@ def command(
             spec, probed(spec, device, threads, budget, activations), budget, threads, activations
         )
     written, scratch = plan.written_bytes_per_step, plan.scratch_bytes_per_step
+    export_bytes = _export_bytes(found, plan) if session is not None and isinstance(spec.model, StackSpec) else None
 
     def text() -> str:
         lines = [f"{name:12} {format_bytes(size):>12}" for name, size in plan.owners.items()]
@@ -81,6 +91,16 @@ def command(
             f"disk: session {format_bytes(plan.session_bytes)}; written a step {format_bytes(written)}, to scratch "
             f"{format_bytes(scratch)}: {(written + scratch) * 1000 / 1e12:.5f} TB per 1000 steps",
             *faster,
+            *([] if export_bytes is None else [f"an export to ONNX takes about {format_bytes(export_bytes)}"]),
         ])  # fmt: skip
 
-    options.emit(plan.to_json(), as_json, text)
+    options.emit(plan.to_json() | ({} if export_bytes is None else {"export_bytes": export_bytes}), as_json, text)
+
+
+def _export_bytes(session: Session, plan: Plan) -> int:
+    """Of a stack of somebody's own, whose parts torch's exporter copies."""
+    from edgetrain.stages import exact_stages
+
+    stages = exact_stages(session.spec).stages
+    largest = max(layout.section_bytes(layout.roles[0].name) for layout in map(session.layout, stages))
+    return plan.owners["runtime"] + _EXPORTER_BYTES + _COPIES_OF_A_PART * largest

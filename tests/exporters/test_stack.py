@@ -90,7 +90,11 @@ def trained(folder: Path, function: str) -> Path:
 def test_all_parts_compute_what_torch_does(tmp_path: Path) -> None:
     """Context, constants, a block that runs twice; dropout drops nothing; any batch size."""
     session, to = trained(tmp_path, "build"), tmp_path / "x"
-    done = run_cli("export", session, "--to", to, "--json")
+    done = run_cli("plan", session, "--threads", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    needed = json.loads(done.stdout)["export_bytes"]
+    assert 220 << 20 < needed < 320 << 20
+    done = run_cli("export", session, "--to", to, "--memory-budget", needed, "--json")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["parity"]
     assert (row["output"], row["passed"], row["batch_sizes"]) == ("output", True, [2, 5])
