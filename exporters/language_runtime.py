@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters.manifest import EMBEDDING, MODEL, MODEL_DATA, NORM, WEIGHTS, LanguageManifest, layer_file, logits_file
+from exporters.manifest import EMBEDDING, MODEL, NORM, LanguageManifest, layer_file, logits_file
 from exporters.serving import Runner
 
 Floats = NDArray[np.float32]
@@ -27,9 +27,8 @@ class LanguageRunner(Runner):
     """
 
     def __init__(self, folder: Path, num_threads: int = 1, budget_bytes: int | None = None) -> None:
-        self.manifest = manifest = LanguageManifest.read(folder)
-        weights_bytes = manifest.files[MODEL_DATA if manifest.single_file else WEIGHTS].bytes
-        super().__init__(folder, num_threads, weights_bytes, manifest.storage, len(manifest.graphs), budget_bytes)
+        self.manifest = LanguageManifest.read(folder)
+        super().__init__(folder, self.manifest, num_threads, budget_bytes)
 
     def empty(self, n: int) -> KeyValues:
         """The past of a text that begins."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from edgetrain import __version__
 from edgetrain.errors import BadInput, EdgetrainError
@@ -61,8 +61,39 @@ class FileRecord:
     sha256: str
 
 
+_TEXT, _TRAINING, _STACK = "text", "ort-training", "stack"
+
+
+class _Kept:
+    """What every manifest can do. ``KIND``: what tells it from the others in its file, if it is not the first kind."""
+
+    KIND: ClassVar[str] = ""
+
+    def write(self, folder: Path) -> None:
+        """Writes it into ``folder``, durably, with what follows from it for readers that have no edgetrain."""
+        kind = {"kind": self.KIND} if self.KIND else {}
+        own: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, **kind, **own, **self._derived()}
+        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    def _derived(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads and checks the manifest and the sizes of the files that it names.
+
+        Raises:
+            BadInput: the folder is no export of this kind, or not a complete one, or of a newer version.
+        """
+        found = read(folder)
+        if not isinstance(found, cls):
+            raise another(folder, found)
+        return found
+
+
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(_Kept):
     """An export. ``single_file``: the default chain unrolled in model.onnx, instead of one graph for each block.
     ``whole``: a classifier that was trained as one, without noise."""
 
@@ -82,14 +113,9 @@ class Manifest:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def write(self, folder: Path) -> None:
-        """Writes it into ``folder``, durably, with what follows from it for readers that have no edgetrain."""
+    def _derived(self) -> dict[str, Any]:
         num_blocks = self.schedule.num_blocks
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "edgetrain": __version__,
-            **asdict(self),
+        return {
             "num_classes": self.num_classes,
             "num_blocks": num_blocks,
             "sigma_min": self.schedule.sigma_min,
@@ -98,23 +124,10 @@ class Manifest:
             "preprocessing": PREPROCESSING,
             "noise": {"purpose": int(Purpose.EVALUATION_NOISE), "seed": self.seed, "scale": "sqrt(1 + sigma_max^2)"},
         }
-        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Reads and checks the manifest and the sizes of the files that it names.
-
-        Raises:
-            BadInput: the folder is no export of a model of images, or not a complete one, or of a newer version.
-        """
-        found = read(folder)
-        if not isinstance(found, cls):
-            raise another(folder, found)
-        return found
 
 
 @dataclass(frozen=True)
-class LanguageManifest:
+class LanguageManifest(_Kept):
     """An export of a language model: model.onnx with its weights beside it, or a graph for each part, and the
     tokenizer's files. ``num_chunks``: of the output table, whose logits follow each other. ``length``: of the texts in
     training, 0 where an earlier version did not say."""
@@ -140,28 +153,17 @@ class LanguageManifest:
         layers = map(layer_file, range(self.depth))
         return (EMBEDDING, *layers, NORM, *map(logits_file, range(self.num_chunks)))
 
-    def write(self, folder: Path) -> None:
-        """Writes it into ``folder``, durably."""
-        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, **asdict(self)}
-        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
-
-    @classmethod
-    def read(cls, folder: Path) -> LanguageManifest:
-        """As ``Manifest.read``, of a language model."""
-        found = read(folder)
-        if not isinstance(found, cls):
-            raise another(folder, found)
-        return found
-
 
 @dataclass(frozen=True)
-class TextManifest:
+class TextManifest(_Kept):
     """An export of a language model that was trained from the beginning: a graph for each block, or model.onnx alone.
 
     ``whole``: it was trained as one. ``layers``: of each block, those that have keys and values; none where there are
     no such inputs. ``streams``: as in training. ``loops``: how often the core of a recurrent model ran in training.
     ``length``: that of the texts in training. The mask of a masked model is the number ``vocab_size``.
     """
+
+    KIND = _TEXT
 
     family: str
     digest: str
@@ -185,23 +187,12 @@ class TextManifest:
         """The files of the graphs, a block each."""
         return (MODEL,) if self.single_file else tuple(map(block_file, range(self.schedule.num_blocks)))
 
-    def write(self, folder: Path) -> None:
-        """Writes it into ``folder``, durably."""
-        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, "kind": _TEXT, **asdict(self)}
-        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
-
-    @classmethod
-    def read(cls, folder: Path) -> TextManifest:
-        """As ``Manifest.read``, of a language model that was trained from the beginning."""
-        found = read(folder)
-        if not isinstance(found, cls):
-            raise another(folder, found)
-        return found
-
 
 @dataclass(frozen=True)
-class TrainingManifest:
+class TrainingManifest(_Kept):
     """What onnxruntime's training API needs of each block. The loss is a mean over ``batch_size`` examples."""
+
+    KIND = _TRAINING
 
     family: str
     digest: str
@@ -210,15 +201,12 @@ class TrainingManifest:
     files: Mapping[str, FileRecord]
     storage: Storage = "fp32"
 
-    def write(self, folder: Path) -> None:
-        """Writes it into ``folder``, durably."""
-        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, "kind": _TRAINING, **asdict(self)}
-        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
-
 
 @dataclass(frozen=True)
-class StackManifest:
+class StackManifest(_Kept):
     """An export of a stack of somebody's own: a graph for each part. ``order``: the numbers of blocks as they run."""
+
+    KIND = _STACK
 
     family: str
     digest: str
@@ -228,21 +216,7 @@ class StackManifest:
     files: Mapping[str, FileRecord]
     storage: Storage = "fp32"
 
-    def write(self, folder: Path) -> None:
-        """Writes it into ``folder``, durably."""
-        content = {"format": FORMAT, "version": VERSION, "edgetrain": __version__, "kind": _STACK, **asdict(self)}
-        replace_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
-    @classmethod
-    def read(cls, folder: Path) -> StackManifest:
-        """As ``Manifest.read``, of a stack."""
-        found = read(folder)
-        if not isinstance(found, cls):
-            raise another(folder, found)
-        return found
-
-
-_TEXT, _TRAINING, _STACK = "text", "ort-training", "stack"
 AnyManifest = Manifest | LanguageManifest | TextManifest | TrainingManifest | StackManifest
 
 

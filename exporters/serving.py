@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from devices import limits, meter
 from edgetrain.errors import BudgetBroken
 from edgetrain.units import MIB, format_bytes
+from exporters.manifest import MODEL_DATA, WEIGHTS, LanguageManifest, TextManifest
 from exporters.runtime import Floats, import_onnxruntime, model_errors, open_model
 
 if TYPE_CHECKING:
@@ -63,28 +64,15 @@ def within(budget_bytes: int | None, what: str, mapped_bytes: int = 0, touched_b
 
 
 class Runner:
-    """The graphs of an export in ``folder``.
+    """The graphs of an export in ``folder``, of which ``budget_bytes`` decides whether all stay open: None, they do."""
 
-    Args:
-        weights_bytes: of all weights, which are mapped as far as graphs are open.
-        storage: of the weights.
-        num_graphs: how many graphs share them.
-        budget_bytes: if all graphs do not fit into it, one is open at a time; None: they all stay open.
-    """
-
-    def __init__(  # noqa: PLR0917
-        self,
-        folder: Path,
-        num_threads: int,
-        weights_bytes: int,
-        storage: str,
-        num_graphs: int,
-        budget_bytes: int | None,
+    def __init__(
+        self, folder: Path, manifest: LanguageManifest | TextManifest, num_threads: int, budget_bytes: int | None
     ) -> None:
-        self._folder, self._num_threads = folder, num_threads
-        self.weights_bytes, self._num_graphs = weights_bytes, num_graphs
-        self._budget_bytes = budget_bytes
-        resident = meter.usage().resident_bytes + _COPIES[storage] * weights_bytes + _ROOM_BYTES
+        self._folder, self._num_threads, self._budget_bytes = folder, num_threads, budget_bytes
+        self.weights_bytes = manifest.files[MODEL_DATA if manifest.single_file else WEIGHTS].bytes
+        self._num_graphs = len(manifest.graphs)
+        resident = meter.usage().resident_bytes + _COPIES[manifest.storage] * self.weights_bytes + _ROOM_BYTES
         self.keeps = budget_bytes is None or resident <= budget_bytes
         self._open: dict[str, InferenceSession] = {}
 

@@ -17,7 +17,7 @@ from edgetrain.errors import BadInput
 from edgetrain.noise import euler_coefficients, masking_block
 from edgetrain.randomness import Purpose, Stream, normal
 from exporters.language_runtime import TOKENS_AT_ONCE
-from exporters.manifest import MODEL_DATA, WEIGHTS, TextManifest
+from exporters.manifest import TextManifest
 from exporters.runtime import Floats, unit_rows
 from exporters.serving import Runner
 
@@ -32,9 +32,8 @@ class TextRunner(Runner):
     """
 
     def __init__(self, folder: Path, num_threads: int = 1, budget_bytes: int | None = None) -> None:
-        self.manifest = manifest = TextManifest.read(folder)
-        weights_bytes = manifest.files[MODEL_DATA if manifest.single_file else WEIGHTS].bytes
-        super().__init__(folder, num_threads, weights_bytes, manifest.storage, len(manifest.graphs), budget_bytes)
+        self.manifest = TextManifest.read(folder)
+        super().__init__(folder, self.manifest, num_threads, budget_bytes)
 
     def run(self, block: int, given: Mapping[str, NDArray[Any]]) -> dict[str, Floats]:
         """All outputs of a block's graph, by name; the inputs that it has no use for are left out.
