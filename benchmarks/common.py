@@ -7,12 +7,11 @@ import json
 import os
 import random
 import re
-import resource
-import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,10 +51,12 @@ class Outcome:
         return self
 
 
-def executable() -> str:
-    """The console script of this interpreter's environment."""
+def executable() -> list[str]:
+    """The console script of this interpreter's environment; of a source tree that is not installed, its function."""
     beside = Path(sys.executable).with_name("edgetrain")
-    return str(beside) if beside.exists() else shutil.which("edgetrain") or "edgetrain"
+    if beside.exists():
+        return [str(beside)]
+    return [sys.executable, "-c", "from edgetrain.cli.main import run; run()"]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -67,16 +68,22 @@ def environment(folder: Path) -> dict[str, str]:
 def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600, poll_s: float = 0.01) -> Outcome:
     """Runs ``edgetrain ARGUMENTS --json`` in ``folder`` and measures its process tree, every ``poll_s``: a hundred
     times a second takes an eighth of a core, and is for tables of memory."""
-    began, cpu_before = time.monotonic(), _cpu_s_of_children()
-    with (folder / "stdout").open("w+") as out, (folder / "stderr").open("w+") as err:
-        command = [executable(), *arguments, "--json"]
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+", dir=folder) as out, tempfile.TemporaryFile("w+", dir=folder) as err:
+        command = [*executable(), *arguments, "--json"]
         process = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=out, stderr=err)
+        end = threading.Timer(timeout_s, process.kill)
+        end.start()
         with TreeMeter(process.pid, poll_s=poll_s) as meter:
             try:
-                process.wait(timeout_s)
-            finally:
+                _, status, used = os.wait4(process.pid, 0)  # its own share, whatever runs beside it
+            except BaseException:
                 process.kill()
-                process.wait()
+                os.waitpid(process.pid, 0)
+                raise
+            finally:
+                end.cancel()
+        process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)
         printed, complaint = out.read(), err.read()
@@ -86,14 +93,8 @@ def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600, poll_s: fl
         value = {}
     own = value.get("peak_bytes", 0)  # the last milliseconds are between two samples
     peak_bytes = max(meter.peak_bytes, own, *meter.high_water_bytes.values(), 0)
-    seconds, cpu_s = time.monotonic() - began, _cpu_s_of_children() - cpu_before
-    return Outcome(process.returncode, value, peak_bytes, seconds, complaint, cpu_s)
-
-
-def _cpu_s_of_children() -> float:
-    """Of all that were waited for, and theirs."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    seconds = time.monotonic() - began
+    return Outcome(process.returncode, value, peak_bytes, seconds, complaint, used.ru_utime + used.ru_stime)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def kill_once(folder: Path, number: int, start_s: float, draw: random.Random) ->
     files = Files(folder / "session")
     turn = number % _KILLS_PER_SESSION
     environ = environment(folder)
-    command = [executable(), "train", "session", *_ARGUMENTS]
+    command = [*executable(), "train", "session", *_ARGUMENTS]
     process = subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         if turn == 0:  # anywhere in the start and the first visits

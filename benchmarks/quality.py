@@ -14,7 +14,9 @@ import json
 import shutil
 import statistics
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +56,14 @@ class Result:
 class Study:
     """A folder with the sessions and scores of one comparison."""
 
-    def __init__(  # noqa: PLR0917
-        self, folder: Path, recipe: str, data: Path, steps: int, budget: str, threads: int, *, best: str, maximise: bool
+    def __init__(
+        self, how: argparse.Namespace, recipe: str, data: Path, steps: int, *, best: str, maximise: bool
     ) -> None:
-        self.folder, self.recipe, self.data = folder.resolve(), recipe, data.resolve()
-        self.steps, self.budget, self.threads = steps, budget, threads
+        """``how``: of ``quality_parser``."""
+        self.folder, self.recipe, self.data = how.folder.resolve(), recipe, data.resolve()
+        self.steps, self.budget, self.jobs, self.where = steps, how.memory_budget, how.jobs, where(how)
         self.best, self.maximise = best, maximise
+        self._writing = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = self.folder / "scores.jsonl"
         lines = self._log.read_text().splitlines() if self._log.exists() else []
@@ -80,20 +84,18 @@ class Study:
             "--recipe", self.recipe, "--data", str(self.data), "--memory-budget", self.budget, *settings(changes),
         ]  # fmt: skip
         arguments = [] if (session / "session.json").exists() else created
-        threads = ["--threads", str(self.threads)]
         trained = edgetrain(
-            self.folder, "train", str(session), *arguments, *threads, timeout_s=1e6, poll_s=0.5
+            self.folder, "train", str(session), *arguments, *self.where, timeout_s=1e6, poll_s=0.5
         ).require()
-        seconds = trained.value["seconds"]
         scores = score(self.folder, session)
         extra: dict[str, Any] = {"peak_bytes": trained.value["peak_bytes"], "spec": self.identity(arm)}
         if arguments and split == "validation":  # whole, not the rest of a training that was interrupted
             extra["cpu_s"] = trained.cpu_s
-        scored = Result(arm.name, seed, steps, lr, split, scores, seconds, extra)
-        with self._log.open("a") as log:
+        scored = Result(arm.name, seed, steps, lr, split, scores, trained.value["seconds"], extra)
+        with self._writing, self._log.open("a") as log:
             log.write(json.dumps(scored.__dict__) + "\n")
         self.results.append(scored)
-        progress(f"{arm.name}, seed {seed}, {steps} steps, lr {lr:g}, {seconds:.0f} s: {split} {scores}")
+        progress(f"{arm.name}, seed {seed}, {steps} steps, lr {lr:g}, {scored.seconds:.0f} s: {split} {scores}")
         return scored
 
     def session(self, arm: Arm, seed: int, part: float, lr: float) -> Path:
@@ -118,15 +120,17 @@ class Study:
 
     def run(self, arms: Sequence[Arm], seeds: Sequence[int], validate: Score, test: Score) -> None:
         """Everything: learning rates, curves of the first seed, and all seeds at full length, tested once."""
-        rates = {arm.name: self.lr(arm, validate) for arm in arms}
-        for arm in arms:
-            for part in (0.25, 0.5, 1.0):
-                self.result(arm, seeds[0], part, rates[arm.name], "validation", validate)
-        for seed in seeds:
-            for arm in (one for one in arms if seed < one.seeds):
-                self.result(arm, seed, 1.0, rates[arm.name], "validation", validate)
-                self.result(arm, seed, 1.0, rates[arm.name], "test", test)
-        self.rates = rates
+        with ThreadPoolExecutor(self.jobs) as pool:
+            found = pool.map(lambda arm: self.lr(arm, validate), arms)
+            self.rates = rates = {arm.name: lr for arm, lr in zip(arms, found, strict=True)}
+            whole = [(arm, seed) for seed in seeds for arm in arms if seed < arm.seeds]
+            # The longest first, so that the others fill what is left.
+            trainings = [(arm, seed, 1.0) for arm, seed in whole]
+            trainings += [(arm, seeds[0], part) for part in (0.5, 0.25) for arm in arms]
+            for made in pool.map(lambda one: self.result(*one, rates[one[0].name], "validation", validate), trainings):
+                assert made
+            for made in pool.map(lambda one: self.result(*one, 1.0, rates[one[0].name], "test", test), whole):
+                assert made
 
     def cpu_s_a_step(self, arm: Arm) -> float:
         """Of the arm's trainings that were not interrupted, their beginning included: what else runs on the machine
@@ -221,12 +225,17 @@ def split_text(source: Path, folder: Path) -> tuple[Path, Path]:
     return fit, test
 
 
-def text_scores(test: Path | None, threads: int, *more: str) -> Score:
+def where(how: argparse.Namespace) -> list[str]:
+    """On which device, and with how many threads: what both training and scoring take."""
+    return ["--threads", str(how.threads), "--device", how.device]
+
+
+def text_scores(test: Path | None, where: Sequence[str], *more: str) -> Score:
     """Bits a character of what was held out, or of another text; the numbers of runs of a core are told apart."""
 
     def scored(folder: Path, session: Path) -> Scores:
         data = [] if test is None else ["--data", str(test)]
-        found = edgetrain(folder, "evaluate", str(session), *data, "--threads", str(threads), *more).require()
+        found = edgetrain(folder, "evaluate", str(session), *data, *where, *more).require()
         return {
             row["readout"] + (f", {row['loops']} runs" if "loops" in row else ""): row["value"]
             for row in found.value["results"]
@@ -241,6 +250,9 @@ def quality_parser(description: str | None) -> argparse.ArgumentParser:
     folder = Path(sys.argv[0]).stem.replace("_", "-")
     made.add_argument("--folder", type=Path, default=Path(folder), help="sessions and scores; goes on there")
     made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--device", default="cpu", help="of trainings and scores")
+    made.add_argument("--memory-budget", default="1GiB", help="of each training")
+    made.add_argument("--jobs", type=int, default=1, help="how many trainings run at a time")
     made.add_argument("--steps", type=int, help="of each block")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the learning curves")

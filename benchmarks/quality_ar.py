@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import report
 from language import king_james
-from quality import Arm, Score, Scores, Study, difference, quality_parser, split_text, text_scores
+from quality import Arm, Score, Scores, Study, difference, quality_parser, split_text, text_scores, where
 from written import TOKENS, judged, openings
 
 _BASE = {"model.width": 64, "train.batch_size": 16, "train.visit_steps": 10}
@@ -37,10 +37,8 @@ def main() -> None:
     steps = options.steps or (20 if options.quick else 1000)
     seeds = range(1 if options.quick else options.seeds)
     fit, test = split_text(king_james(), options.folder.resolve())
-    study = Study(
-        options.folder, "ar-text", fit, steps, "1GiB", options.threads, best="", maximise=False
-    )  # fmt: skip
-    validate = text_scores(None, options.threads, "--limit", "128", "--euler-steps", "1")
+    study = Study(options, "ar-text", fit, steps, best="", maximise=False)
+    validate = text_scores(None, where(options), "--limit", "128", "--euler-steps", "1")
     prompts = openings(test, 2 if options.quick else _WRITTEN)
     judge = study.session(ARMS[0], 0, 1.0, _LRS[0])
 
@@ -51,7 +49,7 @@ def main() -> None:
             found |= {name + metric: value for metric, value in judged(session, judge, prompts, steps).items()}
         return found
 
-    measured = text_scores(test, options.threads, "--limit", "256")
+    measured = text_scores(test, where(options), "--limit", "256")
     study.run(ARMS, seeds, validate, partial(scored, score=measured))
     whole = [one.scores["whole"] for one in study.at(ARMS[0], "test")]
     small = [one.scores["whole"] for one in study.at(ARMS[1], "test")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common import edgetrain, progress, report
-from quality import Arm, Scores, Study, difference, quality_parser, split_train_set
+from quality import Arm, Scores, Study, difference, quality_parser, split_train_set, where
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 _BASE = {"model.width": 64, "model.patch": 4, "train.visit_steps": 100}
@@ -80,38 +80,37 @@ def main() -> None:
     num_images = 40 if options.quick else options.images
     seeds = range(1 if options.quick else options.seeds)
     folder = options.folder.resolve()
-    threads = ["--threads", str(options.threads)]
     choosing, testing = split_train_set(options.data, folder, 10_000)
     judge = folder / "judge"
     arguments = [] if (judge / "session.json").exists() else [
-        "--recipe", "vit-fashion-mnist", "--data", str(choosing), "--memory-budget", "1GiB", "--set",
+        "--recipe", "vit-fashion-mnist", "--data", str(choosing), "--memory-budget", options.memory_budget, "--set",
         "train.objective=exact", "--steps", "20" if options.quick else "2000",
     ]  # fmt: skip
-    edgetrain(folder, "train", str(judge), *arguments, *threads, timeout_s=1e5).require()
+    edgetrain(folder, "train", str(judge), *arguments, *where(options), timeout_s=1e5).require()
 
     from edgetrain.data import open_dataset
 
     def score(data: Path, generates: bool) -> Any:
         def scored(folder: Path, session: Path) -> Scores:
-            found = edgetrain(folder, "evaluate", str(session), "--data", str(data), *threads, timeout_s=1e5).require()
+            found = edgetrain(
+                folder, "evaluate", str(session), "--data", str(data), *where(options), timeout_s=1e5
+            ).require()
             rows = found.value["results"]
             scores = {f"error {row['sigma']:.2g}": row["weighted"] for row in rows}
             scores["error"] = sum(row["weighted"] for row in rows) / len(rows)
             if generates:
                 import numpy as np
 
-                grid = folder / "grid.png"
+                grid = session.with_suffix(".png")
                 command = ["generate", str(session), "--to", str(grid), "--count", str(num_images), "--guidance", "2"]
-                edgetrain(folder, *command, *threads, timeout_s=1e5).require()
+                edgetrain(folder, *command, *where(options), timeout_s=1e5).require()
                 real, _ = open_dataset(str(data), "test", folder).read(np.arange(num_images))
                 scores["frechet"] = frechet(features(judge, cut(grid, 10)), features(judge, real))
             return scores
 
         return scored
 
-    study = Study(
-        options.folder, "dit-fashion-mnist", choosing, steps, "1GiB", options.threads, best="error", maximise=False
-    )  # fmt: skip
+    study = Study(options, "dit-fashion-mnist", choosing, steps, best="error", maximise=False)
     study.run(ARMS, seeds, score(choosing, False), score(testing, True))
     levels = [name for name in study.at(ARMS[0], "test")[0].scores if name.startswith("error ")]
     notes = []

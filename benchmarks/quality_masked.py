@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from common import report
 from language import king_james
-from quality import Arm, Study, difference, quality_parser, split_text, text_scores
+from quality import Arm, Study, difference, quality_parser, split_text, text_scores, where
 
 _BASE = {"model.width": 64, "model.neighbours": 2, "train.batch_size": 16, "train.visit_steps": 20}
 _EXACT = _BASE | {"train.objective": "exact"}
@@ -29,11 +29,9 @@ def main() -> None:
     steps = options.steps or (30 if options.quick else 4000)
     seeds = range(1 if options.quick else options.seeds)
     fit, test = split_text(king_james(), options.folder.resolve())
-    study = Study(
-        options.folder, "masked-text", fit, steps, "1GiB", options.threads, best="elbo", maximise=False
-    )  # fmt: skip
-    validate = text_scores(None, options.threads, "--limit", "256")
-    study.run(ARMS, seeds, validate, text_scores(test, options.threads, "--limit", "512"))
+    study = Study(options, "masked-text", fit, steps, best="elbo", maximise=False)
+    validate = text_scores(None, where(options), "--limit", "256")
+    study.run(ARMS, seeds, validate, text_scores(test, where(options), "--limit", "512"))
     whole = [one.scores["elbo"] for one in study.at(ARMS[0], "test")]
     notes = [
         f"{arm.name}: {difference([one.scores['elbo'] for one in study.at(arm, 'test')], whole, 3)} bits against end "

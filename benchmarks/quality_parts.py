@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import edgetrain, progress, report, settings
 from language import king_james
-from quality import quality_parser, split_text, split_train_set, spread
+from quality import quality_parser, split_text, split_train_set, spread, where
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 _PAPERS_LEVELS = {
@@ -87,15 +87,14 @@ def main() -> None:
                 session = folder / f"{name}-{arm}-{seed}-{steps}".replace(" ", "_").replace(",", "").replace("/", "")
                 given = {**base, **changes, "train.seed": seed, "train.steps": steps}
                 created = [] if (session / "session.json").exists() else [
-                    "--recipe", recipe, "--data", str(data), "--memory-budget", "1GiB", *settings(given),
+                    "--recipe", recipe, "--data", str(data), "--memory-budget", options.memory_budget, *settings(given),
                 ]  # fmt: skip
-                threads = ["--threads", str(options.threads)]
                 blocks = [] if arm == "2 layers as a whole" else ["--blocks", "0"]
                 edgetrain(
-                    folder, "train", str(session), *created, *blocks, *threads, timeout_s=1e6, poll_s=0.5
+                    folder, "train", str(session), *created, *blocks, *where(options), timeout_s=1e6, poll_s=0.5
                 ).require()
                 chain = [] if arm == "2 layers as a whole" else ["--euler-steps", "1"]
-                found = edgetrain(folder, "evaluate", str(session), *how, *chain, *threads).require()
+                found = edgetrain(folder, "evaluate", str(session), *how, *chain, *where(options)).require()
                 rows = {row["readout"]: row["value"] for row in found.value["results"]}
                 value = next(rows[readout] for readout in ("sigma_max", "whole", "top-1") if readout in rows)
                 values.setdefault(arm, []).append(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from common import progress, report
 from language import king_james
-from quality import Arm, Study, quality_parser, split_text, spread, text_scores
+from quality import Arm, Study, quality_parser, split_text, spread, text_scores, where
 
 _BASE = {"model.width": 64, "model.depth": 2, "model.loops": 16, "train.batch_size": 16, "train.visit_steps": 20}
 _THROUGH_TIME = _BASE | {"train.objective": "exact", "model.backprop_loops": 8}
@@ -23,9 +23,9 @@ def main() -> None:
     seeds = range(1 if options.quick else options.seeds)
     folder = options.folder.resolve()
     fit, test = split_text(king_james(), folder)
-    study = Study(folder, "recurrent-text", fit, steps, "1GiB", options.threads, best="", maximise=False)
-    validate = text_scores(None, options.threads, "--limit", "64")
-    tested = text_scores(test, options.threads, "--limit", "256")
+    study = Study(options, "recurrent-text", fit, steps, best="", maximise=False)
+    validate = text_scores(None, where(options), "--limit", "64")
+    tested = text_scores(test, where(options), "--limit", "256")
     single = Arm("DiffusionBlocks, one run", _BASE, lrs=_LRS)
     quarter = Arm("truncated BPTT, a quarter of the steps", _THROUGH_TIME, times=0.25, lrs=_LRS, seeds=1)
     paper = Arm("DiffusionBlocks, one run, paper", _BASE | {"diffusion_blocks.preset": "paper"}, lrs=_LRS, seeds=1)

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from common import edgetrain, report
-from quality import Arm, Score, Scores, Study, difference, quality_parser, split_train_set
+from quality import Arm, Score, Scores, Study, difference, quality_parser, split_train_set, where
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 _EXACT = {"train.objective": "exact"}
@@ -21,8 +21,8 @@ ARMS = [
     Arm("end to end, 2 layers, 3x steps", {**_EXACT, "model.depth": 2, "diffusion_blocks.num_blocks": 1}, times=3),
     Arm("paper, B=3", {"diffusion_blocks.preset": "paper"}),
     Arm("calibrated, B=3", {}),
-    Arm("calibrated, B=2", {"diffusion_blocks.num_blocks": 2}, lrs=(2e-3,), seeds=1),
-    Arm("calibrated, B=6", {"diffusion_blocks.num_blocks": 6}, lrs=(2e-3,), seeds=1),
+    Arm("calibrated, B=2", {"diffusion_blocks.num_blocks": 2}, lrs=(2e-3,)),
+    Arm("calibrated, B=6", {"diffusion_blocks.num_blocks": 6}, lrs=(2e-3,)),
 ]
 _READOUTS = ("chain", "chain-mode", "chain-mean8", "chain-hard", "chain-hard-mean8", "sigma_max", "sigma_max-mean8")
 
@@ -34,13 +34,11 @@ def main() -> None:
     steps = options.steps or (60 if options.quick else 4000)
     seeds = range(1 if options.quick else options.seeds)
     choosing, testing = split_train_set(options.data, options.folder.resolve(), 10_000)
-    study = Study(
-        options.folder, "vit-fashion-mnist", choosing, steps, "1GiB", options.threads, best="", maximise=True
-    )  # fmt: skip
+    study = Study(options, "vit-fashion-mnist", choosing, steps, best="", maximise=True)
 
     def score(data: Path, draws: int) -> Score:
         def scored(folder: Path, session: Path) -> Scores:
-            arguments = ["--data", str(data), "--draws", str(draws), "--threads", str(options.threads)]
+            arguments = ["--data", str(data), "--draws", str(draws), *where(options)]
             found = edgetrain(folder, "evaluate", str(session), *arguments).require()
             return {row["readout"]: row["value"] for row in found.value["results"]}
 

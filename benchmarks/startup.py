@@ -18,9 +18,9 @@ def main() -> None:
     options = made.parse_args()
     commands = {
         "python -c pass": [sys.executable, "-c", "pass"],
-        "edgetrain --help": [executable(), "--help"],
-        "edgetrain --version": [executable(), "--version"],
-        "edgetrain train --help": [executable(), "train", "--help"],
+        "edgetrain --help": [*executable(), "--help"],
+        "edgetrain --version": [*executable(), "--version"],
+        "edgetrain train --help": [*executable(), "train", "--help"],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(6 if options.quick else 21):

@@ -9,10 +9,12 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from devices.buffers import Buffer, DeviceOutOfMemory, DiskBuffer, MemoryBuffer, Tier
+from devices.memory import HostMemory, Memory
 from devices.scratch import Scratch
 
 if TYPE_CHECKING:
@@ -120,6 +122,11 @@ class Device(abc.ABC):
         """Name, sizes and capabilities."""
         return self._profile
 
+    @cached_property
+    def memory(self) -> Memory:
+        """What a budget for work on this device is about: the process's memory, unless the device has its own."""
+        return HostMemory()
+
     @abc.abstractmethod
     def set_cap(self, nbytes: int | None) -> None:
         """Limit the device tier to ``nbytes``, or lift the limit, and start the peak anew.
@@ -154,7 +161,7 @@ class Device(abc.ABC):
         """``copy_async`` after its checks; ``nbytes`` is positive."""
 
     def buffer(self, nbytes: int, tier: Tier) -> Buffer:
-        """A new buffer, page-aligned; its content is undefined and its pages untouched.
+        """A new buffer, aligned to a page (CUDA: to 512 bytes); its content is undefined and its pages untouched.
 
         Raises:
             DeviceOutOfMemory: the cap or the memory does not hold it.

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from devices.base import Buffer, Capabilities, CompletedEvent, Device, DeviceOutOfMemory, Event, Profile, Tier
 from devices.buffers import MemoryBuffer
 from devices.cpu import host_memory_bytes, usable_cores
+from devices.memory import Memory
 
 if TYPE_CHECKING:
     import torch
 
 
+LATE_BYTES = 32 << 20
+"""Kept free below a cap: the code of a kernel is loaded when it first runs."""
+
+
 class CudaDevice(Device):
-    """The current GPU. Untested on hardware so far; its contract tests run where torch sees a GPU.
+    """The current GPU.
 
     The cap and the peak are device memory as the driver sees it: the context (some hundred MB of it) plus
     what torch has reserved. HOST buffers are pinned; torch rounds their sizes up to powers of two and
@@ -25,16 +34,23 @@ class CudaDevice(Device):
     """
 
     kind = "cuda"
+    _segments_grow = sys.platform == "linux"
 
     def __init__(self, scratch: Path | None = None) -> None:
         super().__init__(scratch)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or a product's rounding may vary
         import torch
 
+        if self._segments_grow and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # which leave next to no holes
+        if not torch.are_deterministic_algorithms_enabled():  # a program may have said that a warning will do
+            torch._C._set_deterministic_algorithms(True, warn_only=False)
+        torch._C._set_deterministic_fill_uninitialized_memory(False)  # a debugging aid, at the price of a write
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._copies = torch.cuda.Stream(self._device)
         torch.empty(1, device=self._device)  # creates the context
         self._cap: int | None = None
-        self._context_bytes = max(self._process_bytes() - torch.cuda.memory_reserved(self._device), 0)
+        self._context_bytes = self.context_bytes()
 
     @classmethod
     def detect(cls) -> Profile | None:
@@ -64,20 +80,18 @@ class CudaDevice(Device):
     def torch_device(self) -> torch.device:
         return self._device
 
-    def set_cap(self, nbytes: int | None) -> None:
-        """As in ``Device``; the context counts.
+    @cached_property
+    def memory(self) -> Memory:
+        return _OwnMemory(self)
 
-        Raises:
-            DeviceOutOfMemory: the context alone exceeds the cap.
-        """
+    def set_cap(self, nbytes: int | None) -> None:
+        """As in ``Device``; the context counts, with some room for code that is loaded later."""
         import torch
 
         total_bytes = self.profile().device_memory_bytes
-        reservable = total_bytes if nbytes is None else min(nbytes, total_bytes) - self._context_bytes
-        if reservable <= 0:
-            raise DeviceOutOfMemory(0, self._context_bytes, nbytes)
+        reservable = total_bytes if nbytes is None else min(nbytes, total_bytes) - self.context_bytes() - LATE_BYTES
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(reservable / total_bytes, self._device)
+        torch.cuda.set_per_process_memory_fraction(max(0, reservable) / total_bytes, self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         self._cap = nbytes
 
@@ -91,6 +105,13 @@ class CudaDevice(Device):
         import torch
 
         return max(torch.cuda.max_memory_reserved(self._device) + self._context_bytes, self._process_bytes())
+
+    def context_bytes(self) -> int:
+        """What this process has beside torch's allocations now: the driver's context, code, libraries' own memory."""
+        import torch
+
+        self._context_bytes = max(0, self._process_bytes() - torch.cuda.memory_reserved(self._device))
+        return self._context_bytes
 
     def synchronize(self) -> None:
         import torch
@@ -148,6 +169,44 @@ class CudaDevice(Device):
                 if memory.is_cuda:
                     memory.record_stream(self._copies)  # not to be reused while the copy runs
             return _StreamEvent(self._copies.record_event())
+
+
+class _OwnMemory(Memory):
+    """The GPU's: its context counts, and of what torch reserved at its peak all."""
+
+    reuses_freed = False  # torch's allocator does, always
+    counts_untouched = True
+
+    def __init__(self, device: CudaDevice) -> None:
+        self._device = device
+        self._peak_bytes = 0
+
+    def resident_bytes(self) -> int:
+        return self._device.allocated_bytes() + self._device.context_bytes()
+
+    def peak_bytes(self) -> int:
+        return max(self._peak_bytes, self._device.peak_bytes())
+
+    def reset_peak(self) -> None:
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device.torch_device)
+        self._peak_bytes = 0
+
+    def free_bytes(self, budget_bytes: int) -> int:
+        return budget_bytes - self.resident_bytes() - LATE_BYTES
+
+    def limit(self, budget_bytes: int) -> None:
+        self._peak_bytes = self.peak_bytes()  # a new cap starts a new one
+        self._device.set_cap(budget_bytes)
+
+    def lift(self) -> None:
+        self._peak_bytes = self.peak_bytes()
+        self._device.set_cap(None)
+
+    def watch(self, budget_bytes: int, on_excess: Callable[[], None]) -> AbstractContextManager[None]:
+        return nullcontext()  # the cap bounds all of it
 
 
 class _StreamEvent(Event):

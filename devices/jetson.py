@@ -12,6 +12,7 @@ class JetsonDevice(CudaDevice):
     """A CUDA device that shares its memory with the host: budgets cover the sum. Untested on hardware."""
 
     kind = "jetson"
+    _segments_grow = False
 
     @classmethod
     def detect(cls) -> Profile | None:

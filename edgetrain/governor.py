@@ -1,25 +1,29 @@
-"""Makes the budget hold: the order of start-up, the limit on the process, and the watch over what it cannot bound.
+"""Makes the budget hold: the limit on the memory that it is about, and the watch over what that cannot bound.
 
-On Linux RLIMIT_DATA turns an excess into an allocation error, which the engine answers by doing with less; file-backed
-pages are outside of it, and a thread watches them. Elsewhere there is no such limit: plan and watch, and say so.
+On Linux RLIMIT_DATA turns an excess of a process into an allocation error, which the engine answers by doing with
+less; file-backed pages are outside of it, and a thread watches them. Elsewhere there is no such limit: plan and watch,
+and say so. A device with memory of its own has a limit in torch's allocator; then the host's memory is watched alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-from devices import limits, meter
+from devices.memory import HostMemory, Memory
 from edgetrain.errors import BudgetBroken
 from edgetrain.units import format_bytes
 
 
 class Governor:
-    """Watches one process under ``budget_bytes``. ``exceeded`` turns true, for good, when the budget was broken."""
+    """Holds ``memory`` within ``budget_bytes``. ``exceeded`` turns true, for good, when a budget was broken.
 
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
+    ``host_bytes``: of a device with memory of its own, what the process may have resident beside it; None: any amount.
+    """
+
+    def __init__(self, budget_bytes: int, memory: Memory | None = None, host_bytes: int | None = None) -> None:
+        self.budget_bytes, self.host_bytes = budget_bytes, host_bytes
+        self.memory = memory or HostMemory()
         self.exceeded = False
 
     @contextmanager
@@ -32,40 +36,35 @@ class Governor:
         Raises:
             BudgetBroken: less than that is left.
         """
-        # The monitor's thread and stack exist before the limit is drawn. What is over its margin is code: of that,
-        # most is no longer in use.
-        before = meter.usage()
-        with meter.Monitor(self.budget_bytes, self._on_excess, relieve=limits.release_code):
-            used = meter.usage()
-            if used.file_bytes < before.file_bytes:  # relieved already: what is needed of it comes back
-                more = before.file_bytes - used.file_bytes
-                used = dataclasses.replace(
-                    used, file_bytes=before.file_bytes, resident_bytes=used.resident_bytes + more
-                )
-            if not limits.supported():
-                yield self
-                return
-            limit = limits.data_limit_for(self.budget_bytes, used)
-            if limit - used.data_bytes < needed_bytes:
+        host = nullcontext() if self.host_bytes is None else HostMemory().watch(self.host_bytes, self._on_excess)
+        with host, self.memory.watch(self.budget_bytes, self._on_excess):
+            if self.memory.free_bytes(self.budget_bytes) < needed_bytes:
                 raise BudgetBroken(
-                    f"{format_bytes(used.resident_bytes)} are in use before the first step: the "
+                    f"{format_bytes(self.memory.resident_bytes())} are in use before the first step: the "
                     f"budget of {format_bytes(self.budget_bytes)} leaves less than {format_bytes(needed_bytes)}",
                     "Raise --memory-budget a little.",
                 )
-            limits.set_data_limit(limit)
+            self.memory.limit(self.budget_bytes)
             try:
                 yield self
             finally:
-                limits.lift_data_limit()
+                self.memory.lift()
 
     def _on_excess(self) -> None:
         self.exceeded = True
 
     def check(self) -> None:
-        """Raises BudgetBroken if the budget was exceeded."""
-        if self.exceeded or meter.usage().peak_bytes > self.budget_bytes:
+        """Raises BudgetBroken if a budget was exceeded."""
+        peak_bytes = self.memory.peak_bytes()
+        if self.host_bytes is not None and HostMemory().peak_bytes() > self.host_bytes:
             raise BudgetBroken(
-                f"resident memory reached {format_bytes(meter.usage().peak_bytes)}, over the budget of "
+                f"the process reached {format_bytes(HostMemory().peak_bytes())} of host memory, over the "
+                f"{format_bytes(self.host_bytes)} that it may have; what was committed stays",
+                "Raise --host-memory, or leave it out.",
+            )
+        if self.exceeded or peak_bytes > self.budget_bytes:
+            raise BudgetBroken(
+                f"resident memory reached {format_bytes(peak_bytes)}, over the budget of "
                 f"{format_bytes(self.budget_bytes)}; what was committed stays",
                 "Raise --memory-budget, and please report this: the plan should have refused.",
             )

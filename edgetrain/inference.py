@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from devices import Device, Tier, limits, meter
+from devices import Device, Tier
 from devices.limits import is_out_of_memory, return_freed_memory
 from edgetrain.boundaries import Boundaries
 from edgetrain.checkpoint import Checkpoint
@@ -168,16 +168,18 @@ class LanguageModel:
         self._require(budget_bytes, least_bytes + self._window_bytes, _WARM_UP_BYTES)
         self.warm_up()
         self._require(budget_bytes, least_bytes)
-        for_computing = min(most_bytes, _room(budget_bytes))
-        self._pin(_room(budget_bytes) - for_computing)
-        governor = Governor(budget_bytes)
+        for_computing = min(most_bytes, self.device.memory.free_bytes(budget_bytes))
+        self._pin(self.device.memory.free_bytes(budget_bytes) - for_computing)
+        governor = Governor(budget_bytes, self.device.memory)
         with governor.hold():
             yield for_computing
         governor.check()
 
     def _require(self, budget_bytes: int, needed_bytes: int, more_bytes: int = 0) -> None:
         """Refuses a budget that has no room for ``needed_bytes``. One that has it may need some ``more_bytes``."""
-        if (lacking := max(needed_bytes - _room(budget_bytes), meter.usage().peak_bytes - budget_bytes)) > 0:
+        memory = self.device.memory
+        lacking = max(needed_bytes - memory.free_bytes(budget_bytes), memory.peak_bytes() - budget_bytes)
+        if lacking > 0:
             smallest = budget_bytes + lacking + more_bytes
             raise BudgetInfeasible(
                 f"a budget of {format_bytes(budget_bytes)} is too small: with one layer at a time in memory, the keys "
@@ -447,14 +449,6 @@ def evaluate_language(
             chunk = (chunk + 1) // 2
             micro_batch = min((micro_batch + 1) // 2, chunk)
     return Evaluation(total / max(1, num_tokens), num_examples, num_tokens)
-
-
-def _room(budget_bytes: int) -> int:
-    """What can still be allocated within the budget."""
-    used = meter.usage()
-    if not limits.supported():
-        return budget_bytes - used.resident_bytes
-    return limits.data_limit_for(budget_bytes, used) - used.data_bytes
 
 
 def _release(resident: Resident) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from devices import limits, meter
+from devices import limits
+from devices.memory import Memory
 from edgetrain.spec import Spec
 
 _SMALLEST_TENSOR_BYTES = 128 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
@@ -111,6 +112,7 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
     family = build_family(spec)
     with tempfile.TemporaryDirectory() as scratch:
         device = devices.open_device(device_kind, Path(scratch))
+        memory = device.memory
         meta = build_modules(spec, family, 0)
         kinds = dict(zip((stage.kind for stage in stages_of_block(spec, 0)), meta.modules, strict=True))
         shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in kinds.items()}
@@ -155,6 +157,7 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
             def timed(policy: Activations, micro_batch: int, run: Callable[[Activations, int], None] = run) -> float:
                 began = time.perf_counter()
                 run(policy, micro_batch)
+                device.synchronize()
                 return time.perf_counter() - began
 
             warm_up_kernels(device)
@@ -165,13 +168,13 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
                 bounds[kind].append(None)
                 for number, micro_batch in enumerate(micro_batches):
                     optional = layers > _ALWAYS_MEASURED or number >= _ALWAYS_MEASURED
-                    before = meter.usage()
-                    if optional and limits.supported():
-                        limits.set_data_limit(max(0, limits.data_limit_for(budget_bytes, before)))
+                    before = memory.resident_bytes()
+                    if optional:
+                        memory.limit(budget_bytes)
                     try:
                         run(policy, micro_batch)
-                        before = meter.usage()
-                        meter.reset_peak()
+                        memory.reset_peak()
+                        before = memory.resident_bytes()
                         seconds = [timed(policy, micro_batch)]
                         while len(seconds) < _REPEATS and sum(seconds) < _ENOUGH_S:
                             seconds.append(timed(policy, micro_batch))
@@ -179,26 +182,29 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
                         if not limits.is_out_of_memory(error):
                             raise
                         limits.return_freed_memory()
-                        bounds[kind][-1] = (micro_batch, budget_bytes - before.resident_bytes)
+                        bounds[kind][-1] = (micro_batch, budget_bytes - before)
                         break
                     finally:
-                        limits.lift_data_limit()
+                        memory.lift()
                     times[-1].append((micro_batch, min(seconds)))
-                    peak_bytes = meter.usage().peak_bytes
-                    peaks[-1].append((micro_batch, peak_bytes - before.resident_bytes))
+                    peak_bytes = memory.peak_bytes()
+                    peaks[-1].append((micro_batch, peak_bytes - before))
                     own_bytes = own_bytes if optional else max(own_bytes, peak_bytes)
                 if len(peaks[-1]) < min(_ALWAYS_MEASURED, len(micro_batches)):
                     del peaks[-1], times[-1]
-        runtime_bytes = meter.usage().resident_bytes - overlaid.nbytes
+        buffers_bytes = overlaid.nbytes + (resident.nbytes if memory.counts_untouched else 0)
+        runtime_bytes = memory.resident_bytes() - buffers_bytes
         heap = None
-        if len(step_bytes["keep"]) == layers:
+        whole = not any(any(rows) for rows in bounds.values())
+        if memory.reuses_freed and len(step_bytes["keep"]) == layers:
             # Last: a heap that once was large stays so in part. Of what fitted last.
             (micro_batch, plain_bytes), (_, plain_s) = step_bytes["keep"][-1][-1], step_s["keep"][-1][-1]
-            found = _from_heap(lambda: timed(policies["keep"], micro_batch), budget_bytes)
+            found = _from_heap(lambda: timed(policies["keep"], micro_batch), memory, budget_bytes)
+            whole = whole and found is not None
             heap = found and (max(1.0, found[0] / max(plain_bytes, _LEAST_BYTES)), min(1.0, found[1] / plain_s))
     return {
         "shapes": shapes,
-        "budget_bytes": budget_bytes if heap is None or any(any(rows) for rows in bounds.values()) else None,
+        "budget_bytes": None if whole else budget_bytes,
         "own_bytes": own_bytes,
         "runtime_bytes": runtime_bytes,
         "step_bytes": {kind: {"points": step_bytes[kind], "bounds": bounds[kind]} for kind in ACTIVATIONS},
@@ -207,17 +213,16 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
     }
 
 
-def _from_heap(timed: Callable[[], float], budget_bytes: int) -> tuple[float, float] | None:
+def _from_heap(timed: Callable[[], float], memory: Memory, budget_bytes: int) -> tuple[float, float] | None:
     """The peak of a step over what is resident before, and its seconds, if its memory comes from the heap; None where
     that does not fit."""
     try:
-        if limits.supported():
-            limits.set_data_limit(max(0, limits.data_limit_for(budget_bytes, meter.usage())))
-        before = meter.usage().resident_bytes
+        memory.limit(budget_bytes)
+        before = memory.resident_bytes()
         limits.keep_freed_memory(True)
-        meter.reset_peak()
+        memory.reset_peak()
         seconds = min(timed() for _ in range(_REPEATS))
-        return meter.usage().peak_bytes - before, seconds
+        return memory.peak_bytes() - before, seconds
     except (RuntimeError, MemoryError) as error:
         if not limits.is_out_of_memory(error):
             raise
@@ -225,4 +230,4 @@ def _from_heap(timed: Callable[[], float], budget_bytes: int) -> tuple[float, fl
     finally:
         limits.keep_freed_memory(False)
         limits.return_freed_memory()
-        limits.lift_data_limit()
+        memory.lift()

@@ -116,9 +116,18 @@ class Resident:
         self.members: list[Member] = []
         self._parts: list[Part] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    @property
+    def _buffers(self) -> Sequence[Buffer]:
+        return self.weights, self.gradients, self.m, self.v, self.frozen
+
     def touch(self) -> None:
         """Make every page resident now, so that training cannot grow the process by them."""
-        for buffer in (self.weights, self.gradients, self.m, self.v, self.frozen):
+        for buffer in self._buffers:
             buffer.touch()
         if self.tiles:
             self.tiles.touch()

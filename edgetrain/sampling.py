@@ -89,6 +89,7 @@ def accuracies(sampler: Sampler, dataset: Dataset, rows: list[Readout]) -> dict[
 class Batched:
     """Works on examples in batches of ``batch_size``, which memory that runs out halves."""
 
+    device: Device
     batch_size: int
 
     @contextmanager
@@ -98,7 +99,7 @@ class Batched:
         Raises:
             BudgetBroken: it was exceeded, or ``doing`` needs more than it even with one example at a time.
         """
-        governor = Governor(budget_bytes)
+        governor = Governor(budget_bytes, self.device.memory)
         with governor.hold(CHUNK_BYTES):
             try:
                 yield

@@ -68,7 +68,7 @@ class StreamedProbe:
     boundary_bytes: int
     context_bytes: int
     step_bytes: Curve
-    hole_bytes: Curve
+    hole_bytes: Curve | None
     layers: Mapping[str, LayerProbe]
     fixed_s: Curve
     chunk_s: Mapping[str, Curve]
@@ -90,10 +90,12 @@ class StreamedProbe:
             for kind, one in value["layers"].items()
         }
         chunk_s = {name: curve(points) for name, points in value["chunk_s"].items()}
+        holes = value["hole_bytes"]
         return cls(
             value["shapes"], value["budget_bytes"], value["own_bytes"], value["runtime_bytes"],
-            value["boundary_bytes"], value["context_bytes"], curve(value["step_bytes"]), curve(value["hole_bytes"]),
-            layers, curve(value["fixed_s"]), chunk_s, float(value["bf16_speedup"]),
+            value["boundary_bytes"], value["context_bytes"], curve(value["step_bytes"]),
+            None if holes is None else curve(holes), layers, curve(value["fixed_s"]), chunk_s,
+            float(value["bf16_speedup"]),
         )  # fmt: skip
 
 
@@ -265,7 +267,7 @@ class _Sizes:
             owners["kept"] = max(0, owners["kept"] - len(kept) * batch * probe.boundary_bytes)
         if choice.logits == "keep":
             owners["logits"] = batch * self._logits_bytes
-        if choice.keeps_freed:
+        if choice.keeps_freed and probe.hole_bytes is not None:
             # Those of one layer in which nothing waits were measured; more layers make more, and what waits most.
             from_heap = n * self._chunk_bytes <= LARGEST_FROM_HEAP
             waits = _WAITING if from_heap else [one for one in _WAITING if one != "logits"]
@@ -340,7 +342,7 @@ class _Sizes:
             moved += round(5 * parts * trained + (3 * parts - 2) * frozen)
         if self.spec.optimizer.clip_over == "global" and not choice.resident:
             moved += 2 * self.trained_bytes + self.frozen_bytes  # every unit, and its gradient, once more
-        if choice.keeps_freed:
+        if choice.keeps_freed and probe.hole_bytes is not None:
             total *= _WITHOUT_FAULTS
         return total * parts + (moved + self.scratch_bytes(choice)) / CACHED_BYTES_PER_S
 
@@ -395,7 +397,9 @@ def _candidates(
     )
     for micro_batch, resident, boundaries, logits, activations, keeps_freed, in_tiles in ways:
         # What is offloaded leaves the small parts of its graph between the holes.
-        if (keeps_freed and activations == "offload") or (in_tiles and (resident or not can_tile)):
+        if keeps_freed and (activations == "offload" or sizes.probe.hole_bytes is None):
+            continue
+        if in_tiles and (resident or not can_tile):
             continue
         base = StreamedChoice(micro_batch, activations, 0, resident, boundaries, logits, keeps_freed, in_tiles)
         for kept in _kept(sizes, base, budget_bytes, depth, forced):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import devices
-from devices import Device, limits, meter
+from devices import Device, limits
 from edgetrain.models.base import Network
 from edgetrain.optim import warm_up_kernels
 from edgetrain.plan import StreamedChoice
@@ -81,6 +81,7 @@ def _folder() -> str | None:
 class _Measurement:
     def __init__(self, spec: Spec, network: Network, shapes: Shapes, device: Device, budget_bytes: int) -> None:
         self.model, self.network, self.shapes, self.device = _Model(spec, shapes), network, shapes, device
+        self.memory = device.memory
         self.stages = exact_stages(spec)
         self.budget_bytes = budget_bytes
         self.most = spec.train.micro_batch or spec.train.batch_size
@@ -128,12 +129,12 @@ class _Measurement:
                     raise
                 self.bounded = True
             finally:
-                limits.lift_data_limit()
+                self.memory.lift()
             if self.bounded or slowest > _ENOUGH_S:
                 break
         gc.collect()
         limits.return_freed_memory()
-        runtime_bytes = meter.usage().resident_bytes
+        runtime_bytes = self.memory.resident_bytes()
         # Last: a heap that once was large stays so in part.
         holes = self._holes(kinds, step_bytes)
         measured = len(step_bytes)
@@ -151,8 +152,8 @@ class _Measurement:
 
     def _limit(self, optional: bool) -> None:
         self.optional = optional
-        if optional and limits.supported():
-            limits.set_data_limit(max(0, limits.data_limit_for(self.budget_bytes, meter.usage())))
+        if optional:
+            self.memory.limit(self.budget_bytes)
 
     def _bf16_speedup(self) -> float:
         """Of a product of the size of a small layer's."""
@@ -226,20 +227,23 @@ class _Measurement:
         """The peak over what is resident before, and the seconds, of a step without an update."""
         trainer = self._trainer(stages, choice)
         trainer.differentiate(0, choice.micro_batch)
-        before = meter.usage().resident_bytes
-        meter.reset_peak()
+        self.memory.reset_peak()
+        before = self.memory.resident_bytes()
         seconds: list[float] = []
         while len(seconds) < _REPEATS and sum(seconds) < _ENOUGH_S / 8:
             began = time.perf_counter()
             trainer.differentiate(0, choice.micro_batch)
+            self.device.synchronize()
             seconds.append(time.perf_counter() - began)
-        peak = meter.usage().peak_bytes
+        peak = self.memory.peak_bytes()
         if not self.optional:
             self.own_bytes = max(self.own_bytes, peak)
         return peak - before, min(seconds)
 
-    def _holes(self, kinds: Mapping[str, Unit], step_bytes: Points) -> Points:
+    def _holes(self, kinds: Mapping[str, Unit], step_bytes: Points) -> Points | None:
         """What the peak of a step grows by if its memory comes from the heap, for the micro-batches measured."""
+        if not self.memory.reuses_freed:
+            return None
         holes: Points = []
         for n, peak in step_bytes:
             try:
@@ -252,7 +256,7 @@ class _Measurement:
             finally:
                 limits.keep_freed_memory(False)
                 limits.return_freed_memory()
-                limits.lift_data_limit()
+                self.memory.lift()
             holes.append((n, max(0, found - peak)))
         return holes
 
@@ -260,14 +264,14 @@ class _Measurement:
         """The peak of a step with one layer over what is resident before, if its memory comes from the heap."""
         trainer = self._trainer(self._stages([unit], 1), StreamedChoice(n, boundaries="moved"))
         trainer.differentiate(0, n)
-        before = meter.usage().resident_bytes
+        before = self.memory.resident_bytes()
         limits.keep_freed_memory(True)
-        meter.reset_peak()
+        self.memory.reset_peak()
         for _ in range(_REPEATS):
             trainer.differentiate(0, n)
-        return meter.usage().peak_bytes - before
+        return self.memory.peak_bytes() - before
 
     def _held(self, stages: ExactStages, choice: StreamedChoice) -> tuple[int, int, int]:
         """Bytes resident between forward and backward, and those of a boundary and of the context."""
         trainer = self._trainer(stages, choice)
-        return trainer.held_after_forward(0, choice.micro_batch, lambda: meter.usage().resident_bytes)
+        return trainer.held_after_forward(0, choice.micro_batch, self.memory.resident_bytes)

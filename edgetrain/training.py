@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from devices import meter
+from devices.memory import HostMemory, Memory
+from edgetrain.errors import UsageError
 from edgetrain.plan import Choice, Plan, Probe
 from edgetrain.session import Session
 from edgetrain.spec import LanguageModelSpec, ModelSpec, Spec, StackSpec, TextModelSpec
@@ -154,10 +156,12 @@ def train(  # noqa: PLR0915
     on_report: Callable[[Report], None],
     stop: Callable[[], bool],
     trainer_of: Callable[[Session], Trainer] | None = None,
+    host_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Trains until all is done, ``visits`` visits are made, or ``stop`` says so; returns the summary.
 
     ``spec`` is the session's, or what it is to become. ``trainer_of``: what trains it; None: torch.
+    ``host_bytes``: as of a ``Governor``.
 
     Raises:
         SessionLocked, DiskError, BudgetBroken, TrainingDiverged: the session stays resumable.
@@ -171,13 +175,19 @@ def train(  # noqa: PLR0915
     with store.lock({group_of_block(spec, block) for block in blocks}):
         session.change(spec)
         session.write_plan(plan.to_json())
+        memory: Memory = HostMemory()
         if trainer_of is None:
-            trainer = _trainer(session, devices.open_device(device_kind, session.scratch), plan, dataset)
+            device = devices.open_device(device_kind, session.scratch)
+            trainer, memory = _trainer(session, device, plan, dataset), device.memory
         else:
             trainer = trainer_of(session)
+        if host_bytes is not None and isinstance(memory, HostMemory):
+            raise UsageError(
+                "--host-memory is for a device with memory of its own", "Here --memory-budget is about the process."
+            )
         engine = Engine(session, trainer, plan.choice.micro_batch, spec.train.visit_steps if spec.is_exact else None)
         engine.warm_up()
-        governor = Governor(plan.budget_bytes)
+        governor = Governor(plan.budget_bytes, memory, host_bytes)
         done = {block: session.progress(block) for block in range(spec.num_blocks)}
         start = sum(done[block].step for block in blocks)
         all_steps = spec.train.steps * len(blocks)
@@ -232,8 +242,7 @@ def train(  # noqa: PLR0915
                 done[block] = engine.visit(block, num_steps, on_step, stopping)
                 made += visits or 1 if spec.is_exact else 1
             store.flush()
-    if governor.exceeded or meter.usage().peak_bytes > plan.budget_bytes:
-        governor.check()
+    governor.check()
     complete = all(done[block].step >= spec.train.steps for block in range(spec.num_blocks))
     status = "complete" if complete else "interrupted" if stop() else "partial"
     losses = [done[b].loss for b in blocks]
@@ -244,7 +253,8 @@ def train(  # noqa: PLR0915
         "steps": spec.train.steps,
         "loss": None if None in losses else sum(x for x in losses if x is not None) / len(losses),
         "budget_bytes": plan.budget_bytes,
-        "peak_bytes": meter.usage().peak_bytes,
+        "peak_bytes": memory.peak_bytes(),
+        "host_peak_bytes": meter.usage().peak_bytes,
         "plan_peak_bytes": plan.peak_bytes,
         "bytes_read": store.bytes_read,
         "bytes_written": store.bytes_written,

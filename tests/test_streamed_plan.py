@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 
 import edgetrain.streamed_probe
+from devices.memory import HostMemory
 from edgetrain.errors import BudgetInfeasible
 from edgetrain.models import build_network
 from edgetrain.plan import Curve, Plan, StreamedChoice
@@ -318,6 +319,7 @@ def test_holes_that_do_not_fit_are_measured_again_for_more_memory(monkeypatch: p
     """What was left out for lack of room must not count as known."""
     measurement = object.__new__(_Measurement)
     measurement.budget_bytes, measurement.own_bytes, measurement.bounded = 300 * MIB, 0, False
+    measurement.memory = HostMemory()
 
     def from_heap(self: _Measurement, unit: Any, n: int) -> int:
         if n == 2:

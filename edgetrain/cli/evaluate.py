@@ -105,13 +105,13 @@ def command(
     _, dataset = options.open_data(spec, split, Path(scratch))
     options.start_torch(threads)
     import devices
-    from devices import meter
     from edgetrain.units import format_bytes
 
-    sampler, compute = _measurement(found, dataset, devices.open_device(device), euler_steps, draws or _DRAWS)
+    opened = devices.open_device(device)
+    sampler, compute = _measurement(found, dataset, opened, euler_steps, draws or _DRAWS)
     with sampler.within(budget, "evaluating examples"):
         results = [{**row, "split": split, "num_examples": dataset.num_examples} for row in compute()]
-    peak = meter.usage().peak_bytes
+    peak = opened.memory.peak_bytes()
     value = {"session": str(session), "results": results, "peak_bytes": peak, "budget_bytes": budget}
 
     def text() -> str:
@@ -175,11 +175,11 @@ def _language(
     part, dataset = _open_text(session, data, split)
     options.start_torch(threads)
     import devices
-    from devices import meter
     from edgetrain.inference import LanguageModel, SessionWeights, evaluate_language
     from edgetrain.units import format_bytes
 
-    model = LanguageModel(SessionWeights(session), devices.open_device(device))
+    opened = devices.open_device(device)
+    model = LanguageModel(SessionWeights(session), opened)
     found = evaluate_language(model, dataset, session.progress(0).micro_batch or 1, budget, limit)
     values = {"loss": found.loss, "perplexity": found.perplexity}
     results = [
@@ -187,7 +187,7 @@ def _language(
          "num_examples": found.num_examples, "num_tokens": found.num_tokens}
         for metric, value in values.items()
     ]  # fmt: skip
-    peak = meter.usage().peak_bytes
+    peak = opened.memory.peak_bytes()
     report = {
         "session": str(session.path), "results": results, "num_examples": found.num_examples,
         "num_tokens": found.num_tokens, "peak_bytes": peak, "budget_bytes": budget,
@@ -238,7 +238,6 @@ def _text_model(
     part, dataset = _open_text(session, data, split)
     options.start_torch(threads)
     import devices
-    from devices import meter
     from edgetrain.text_sampling import TextModel
     from edgetrain.units import format_bytes
 
@@ -262,7 +261,7 @@ def _text_model(
         ]  # fmt: skip
         del model  # before the next one takes buffers of its own
     num_examples = dataset.num_examples if limit is None else min(limit, dataset.num_examples)
-    peak = meter.usage().peak_bytes
+    peak = opened.memory.peak_bytes()
     value = {
         "session": str(session.path), "results": results, "num_examples": num_examples, "peak_bytes": peak,
         "budget_bytes": budget,

@@ -174,11 +174,11 @@ def _write(
     return_freed_memory()
     options.start_torch(threads)
     import devices
-    from devices import meter
     from edgetrain.inference import Context, FolderWeights, LanguageModel, SessionWeights
 
     weights = SessionWeights(source) if isinstance(source, Session) else FolderWeights(source)
-    language_model = LanguageModel(weights, devices.open_device(device))
+    opened = devices.open_device(device)
+    language_model = LanguageModel(weights, opened)
     total = len(tokens) + max_tokens
     needed = language_model.workspace_bytes(len(tokens), len(tokens)) + language_model.context_bytes(total)
     shows = sys.stdout.isatty() and not as_json
@@ -192,7 +192,7 @@ def _write(
                 pieces.append(writer.add(token))
                 if shows:
                     click.echo(pieces[-1], nl=False)
-            if budget is not None and meter.usage().peak_bytes > budget:
+            if budget is not None and opened.memory.peak_bytes() > budget:
                 break  # what holds the budget says so
         pieces.append(writer.end())
         seconds = time.perf_counter() - began
@@ -202,7 +202,7 @@ def _write(
         "tokens": len(made),
         "finish": "stop" if made[-1] in ends else "length",
         "tokens_per_s": len(made) / seconds,
-        "peak_bytes": meter.usage().peak_bytes,
+        "peak_bytes": opened.memory.peak_bytes(),
         "budget_bytes": budget,
     }
     options.emit(value, as_json, lambda: pieces[-1] if shows else value["text"])

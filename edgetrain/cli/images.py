@@ -42,12 +42,13 @@ def paint(session: Session, wanted: Wanted, budget: int | None, device: str, thr
 
     spec = session.spec
     micro_batch = min(session.progress(block).micro_batch for block in range(spec.num_blocks))
-    sampler = ImageSampler(session, devices.open_device(device), micro_batch or 1)
+    opened = devices.open_device(device)
+    sampler = ImageSampler(session, opened, micro_batch or 1)
     sampler.warm_up()
     with sampler.within(budget, "generating images"):
         images = sampler.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
         _write(grid_of(images, len(chosen)), wanted.file)
-    _report(wanted, labels, budget, as_json)
+    _report(wanted, labels, opened.memory.peak_bytes(), budget, as_json)
 
 
 def paint_exported(folder: Path, wanted: Wanted, budget: int | None, threads: int, as_json: bool) -> None:
@@ -55,6 +56,7 @@ def paint_exported(folder: Path, wanted: Wanted, budget: int | None, threads: in
     from devices.limits import prepare_process
 
     prepare_process(threads)
+    from devices.meter import usage
     from exporters.image_runtime import ImageGenerator
     from exporters.manifest import MODEL, WEIGHTS
     from exporters.serving import within
@@ -66,16 +68,15 @@ def paint_exported(folder: Path, wanted: Wanted, budget: int | None, threads: in
     with within(budget, "generating images", weights_bytes, weights_bytes // manifest.schedule.num_blocks):
         images = generator.generate(labels, wanted.steps, wanted.guidance, wanted.seed)
     _write(grid_of(images, len(chosen)), wanted.file)
-    _report(wanted, labels, budget, as_json)
+    _report(wanted, labels, usage().peak_bytes, budget, as_json)
 
 
-def _report(wanted: Wanted, labels: list[int], budget: int | None, as_json: bool) -> None:
-    from devices import meter
+def _report(wanted: Wanted, labels: list[int], peak_bytes: int, budget: int | None, as_json: bool) -> None:
     from edgetrain.units import format_bytes
 
     value: dict[str, Any] = {
         "file": str(wanted.file), "images": len(labels), "classes": labels, "steps": wanted.steps,
-        "guidance": wanted.guidance, "seed": wanted.seed, "peak_bytes": meter.usage().peak_bytes,
+        "guidance": wanted.guidance, "seed": wanted.seed, "peak_bytes": peak_bytes,
         "budget_bytes": budget,
     }  # fmt: skip
     of_budget = "" if budget is None else f" of {format_bytes(budget)}"

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_DEVICE_THERE = "EDGETRAIN_DEVICE_THERE"
+
+
 class ByteSize(click.ParamType[int]):
     """A size such as 350MiB."""
 
@@ -48,6 +51,9 @@ def _num_cpus() -> int:
 SESSION = click.argument("session", type=click.Path(path_type=Path, file_okay=False))
 JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 BUDGET = click.option("--memory-budget", "budget", type=ByteSize(), help="Most resident memory, as in 350MiB.")
+HOST_MEMORY = click.option(
+    "--host-memory", "host", type=ByteSize(), help="Of a device with its own memory: most that the process may have."
+)
 DATA = click.option("--data", help="The data: a path, or 'digits' for the embedded set.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, jetson, mps, emulated or auto.")
 THREADS = click.option("--threads", type=click.IntRange(1), default=_num_cpus, help="CPU threads.  [all cores]")
@@ -160,13 +166,14 @@ def located(spec: Spec) -> Spec:
 
 def check_device(kind: str) -> None:
     """Raises UsageError if this machine has no such device. Looks for no other: that may import torch, too early."""
-    if kind in ("auto", "cpu", "emulated"):
+    if kind in ("auto", "cpu", "emulated", os.environ.get(_DEVICE_THERE)):
         return
     import devices
 
     if kind not in devices.KINDS or devices.detect(kind) is None:
         there = ["auto", *(profile.kind for profile in devices.available()), "emulated"]
         raise UsageError(f"this machine has no device {kind!r}", f"There are: {', '.join(there)}.")
+    os.environ[_DEVICE_THERE] = kind  # a command may begin anew, and looking takes as long as importing torch
 
 
 def start_torch(num_threads: int) -> None:

@@ -16,6 +16,7 @@ from edgetrain.errors import UsageError
 @click.argument("source", metavar="FILE.py:FUNCTION")
 @options.SESSION
 @options.BUDGET
+@options.HOST_MEMORY
 @click.option("--recipe", help="A TOML file with tables [optimizer] and [train].")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps of the whole session.")
 @click.option("--visits", type=click.IntRange(1), help="Make only so many times train.visit_steps steps now.")
@@ -30,6 +31,7 @@ def command(
     source: str,
     session: Path,
     budget: int | None,
+    host: int | None,
     recipe: str | None,
     steps: int | None,
     visits: int | None,
@@ -63,7 +65,7 @@ def command(
     else:
         _check(source, found)
     context.invoke(
-        train.command, session=session, budget=budget, data=source, steps=steps, visits=visits,
+        train.command, session=session, budget=budget, host=host, data=source, steps=steps, visits=visits,
         assignments=assignments, activations=activations, device=device, threads=threads, as_json=as_json,
         recipe=recipe, blocks=None,
     )  # fmt: skip

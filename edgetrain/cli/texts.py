@@ -51,7 +51,8 @@ def write(
     import devices
     from edgetrain.text_sampling import TextModel
 
-    model = TextModel(session, devices.open_device(device), 1, steps if spec.is_exact else None)
+    opened = devices.open_device(device)
+    model = TextModel(session, opened, 1, steps if spec.is_exact else None)
     model.warm_up()
     how, seed = generation.Sampling(*sampling), sampling[2]
     with model.within(budget, "generating text"):
@@ -62,7 +63,7 @@ def write(
             # One step gives the distribution of the next token; a longer chain draws from it by its own noise.
             made, finish, num_tokens = asked.followed(model.context(steps or 1, seed).read, how)
         seconds = time.perf_counter() - began
-    asked.emit(made, finish, num_tokens, seconds, budget, as_json)
+    asked.emit(made, finish, num_tokens, seconds, opened.memory.peak_bytes(), budget, as_json)
 
 
 def write_exported(
@@ -79,6 +80,7 @@ def write_exported(
     from devices.limits import prepare_process, return_freed_memory
 
     prepare_process(threads)
+    from devices.meter import usage
     from edgetrain import generation
     from exporters.manifest import TextManifest
     from exporters.text_runtime import TextContext, TextRunner
@@ -104,7 +106,7 @@ def write_exported(
         else:
             context = TextContext(runner, steps or 1, how.seed, steps)
             made, finish, num_tokens = asked.followed(context.read, how)
-    asked.emit(made, finish, num_tokens, time.perf_counter() - began, budget, as_json)
+    asked.emit(made, finish, num_tokens, time.perf_counter() - began, usage().peak_bytes, budget, as_json)
 
 
 class _Asked:
@@ -150,15 +152,20 @@ class _Asked:
         return made, "stop" if made[-1] in self._ends else "length", len(made)
 
     def emit(
-        self, made: list[int], finish: str, num_tokens: int, seconds: float, budget: int | None, as_json: bool
+        self,
+        made: list[int],
+        finish: str,
+        num_tokens: int,
+        seconds: float,
+        peak_bytes: int,
+        budget: int | None,
+        as_json: bool,
     ) -> None:
         """Prints the text."""
-        from devices import meter
-
         written = self._text.decode(made)
         value: dict[str, Any] = {
             "text": written, "tokens": num_tokens, "finish": finish, "tokens_per_s": num_tokens / seconds,
-            "peak_bytes": meter.usage().peak_bytes, "budget_bytes": budget,
+            "peak_bytes": peak_bytes, "budget_bytes": budget,
         }  # fmt: skip
         options.emit(value, as_json, lambda: written)
 

@@ -19,6 +19,7 @@ from edgetrain.errors import INTERRUPTED_EXIT_CODE, UsageError
 @options.SESSION
 @options.RECIPE
 @options.BUDGET
+@options.HOST_MEMORY
 @options.DATA
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps per block, of the whole session.")
 @click.option("--visits", type=click.IntRange(1), help="Make only this many visits now.")
@@ -39,6 +40,7 @@ def command(
     session: Path,
     recipe: str | None,
     budget: int | None,
+    host: int | None,
     data: str | None,
     steps: int | None,
     visits: int | None,
@@ -101,7 +103,7 @@ def command(
     with Display(plan, quiet=not sys.stderr.isatty()) as display:
         summary = train(
             found, spec, plan, dataset, device, visits=visits, blocks=chosen, on_report=display.show, stop=stopping,
-            trainer_of=way.trainer_of(dataset),
+            trainer_of=way.trainer_of(dataset), host_bytes=host,
         )  # fmt: skip
     options.emit(summary, as_json, lambda: _text(summary, spec.num_blocks))
     if summary["status"] == "interrupted":
