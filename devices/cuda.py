@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -205,7 +206,9 @@ class _OwnMemory(Memory):
         self._peak_bytes = self.peak_bytes()
         self._device.set_cap(None)
 
-    def watch(self, budget_bytes: int, on_excess: Callable[[], None]) -> AbstractContextManager[None]:
+    def watch(
+        self, budget_bytes: int, on_excess: Callable[[], None], planned_bytes: float = math.inf
+    ) -> AbstractContextManager[None]:
         return nullcontext()  # the cap bounds all of it
 
 

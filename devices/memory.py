@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
 from devices import limits, meter
+
+_NEAR_BYTES = 4 << 20
+_RELIEVED_FOR_S, _TRIMMED_FOR_S = 0.5, 0.02
 
 
 class Memory(abc.ABC):
@@ -44,9 +48,11 @@ class Memory(abc.ABC):
         """Ends ``limit``."""
 
     @abc.abstractmethod
-    def watch(self, budget_bytes: int, on_excess: Callable[[], None]) -> AbstractContextManager[None]:
+    def watch(
+        self, budget_bytes: int, on_excess: Callable[[], None], planned_bytes: float = math.inf
+    ) -> AbstractContextManager[None]:
         """Calls ``on_excess``, once, if the budget is exceeded by what ``limit`` does not bound. To be entered before
-        ``limit``."""
+        ``limit``. Above ``planned_bytes`` freed memory that was kept goes back to the system."""
 
 
 class HostMemory(Memory):
@@ -81,12 +87,18 @@ class HostMemory(Memory):
         limits.lift_data_limit()
 
     @contextmanager
-    def watch(self, budget_bytes: int, on_excess: Callable[[], None]) -> Iterator[None]:
+    def watch(
+        self, budget_bytes: int, on_excess: Callable[[], None], planned_bytes: float = math.inf
+    ) -> Iterator[None]:
         # The monitor's thread and stack exist before the limit is drawn. What is over its margin is code: of that,
         # most is no longer in use.
         self._file_bytes = meter.usage().file_bytes
         try:
-            with meter.Monitor(budget_bytes, on_excess, relieve=limits.release_code):
+            relief = [
+                meter.Relief(planned_bytes, limits.return_freed_memory, _TRIMMED_FOR_S),
+                meter.Relief(budget_bytes - _NEAR_BYTES, limits.release_code, _RELIEVED_FOR_S),
+            ]
+            with meter.Monitor(budget_bytes, on_excess, relief=relief):
                 yield
         finally:
             self._file_bytes = 0

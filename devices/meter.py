@@ -9,14 +9,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 _PROC = Path("/proc")
-_NEAR_BYTES = 4 << 20
-_RELIEVED_FOR_S = 0.5
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -140,14 +138,22 @@ class _Sampler(abc.ABC):
         self.stop()
 
 
+@dataclass(frozen=True)
+class Relief:
+    """What can be done about memory before it is too much: ``action``, above ``above_bytes``, and not again for
+    ``every_s`` seconds."""
+
+    above_bytes: float
+    action: Callable[[], None]
+    every_s: float
+
+
 class Monitor(_Sampler):
     """Watches this process's resident memory and calls ``on_excess``, once, when it exceeds ``budget_bytes``.
 
     The callback runs in the monitor's thread (or in ``start``, if the budget is exceeded already). A peak
     shorter than ``poll_s`` can be missed: this sees file-backed pages grow, which no limit bounds, and does
     not replace the limit. Start it before ``limits.data_limit_for`` measures: its stack is data too.
-
-    ``relieve`` is called before that, when less than 4 MiB are left, but not more often than twice a second.
     """
 
     def __init__(
@@ -155,10 +161,10 @@ class Monitor(_Sampler):
         budget_bytes: int,
         on_excess: Callable[[], None],
         poll_s: float = 0.005,
-        relieve: Callable[[], None] = lambda: None,
+        relief: Sequence[Relief] = (),
     ) -> None:
         super().__init__(poll_s)
-        self._relieve, self._relieved_s = relieve, -math.inf
+        self._relief = dict.fromkeys(relief, -math.inf)
         self.peak_bytes = 0
         """Most resident bytes seen."""
         self._budget_bytes = budget_bytes
@@ -167,10 +173,11 @@ class Monitor(_Sampler):
     def _sample(self) -> None:
         resident, _ = resident_bytes_fast()
         self.peak_bytes = max(self.peak_bytes, resident)
-        if resident > self._budget_bytes - _NEAR_BYTES and time.monotonic() - self._relieved_s > _RELIEVED_FOR_S:
-            self._relieved_s = time.monotonic()
-            with contextlib.suppress(Exception):  # above all, there may be no memory for it: the watch goes on
-                self._relieve()
+        for one, last_s in self._relief.items():
+            if resident > one.above_bytes and time.monotonic() - last_s > one.every_s:
+                with contextlib.suppress(Exception):  # above all, there may be no memory for it: the watch goes on
+                    one.action()
+                self._relief[one] = time.monotonic()
         if resident > self._budget_bytes and self._on_excess is not None:
             on_excess, self._on_excess = self._on_excess, None
             on_excess()

@@ -7,6 +7,7 @@ and say so. A device with memory of its own has a limit in torch's allocator; th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -27,17 +28,18 @@ class Governor:
         self.exceeded = False
 
     @contextmanager
-    def hold(self, needed_bytes: int = 0) -> Iterator[Governor]:
+    def hold(self, needed_bytes: int = 0, planned_bytes: float = math.inf) -> Iterator[Governor]:
         """The budget in force. To be entered when buffers are touched and every operation ran once.
 
         Args:
             needed_bytes: what must still be free to allocate.
+            planned_bytes: beyond which freed memory that was kept goes back to the system.
 
         Raises:
             BudgetBroken: less than that is left.
         """
         host = nullcontext() if self.host_bytes is None else HostMemory().watch(self.host_bytes, self._on_excess)
-        with host, self.memory.watch(self.budget_bytes, self._on_excess):
+        with host, self.memory.watch(self.budget_bytes, self._on_excess, planned_bytes):
             if self.memory.free_bytes(self.budget_bytes) < needed_bytes:
                 raise BudgetBroken(
                     f"{format_bytes(self.memory.resident_bytes())} are in use before the first step: the "

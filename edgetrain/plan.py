@@ -37,7 +37,9 @@ ACTIVATIONS = ("keep", "recompute", "offload")
 MARGIN_BYTES = 10 * MIB
 MARGIN_OF_ACTIVATIONS = 0.03
 _MARGIN_OF_ADVICE = 0.01  # a budget that an error names must do, though the next probe may measure a little more
-_HOLES_BY_AND_BY = 2.5  # times those of a few steps, which is what was measured
+# Of activations, and at least: what a heap that is used again has between what is in use. What goes beyond is given
+# back (``Governor.hold``).
+_HOLES, _LEAST_HOLES_BYTES = 0.25, 6 * MIB
 _SAME_TIME = 1.05  # what the probe's clock cannot tell apart
 CACHED_BYTES_PER_S = 1.5e9  # moments that are streamed pass through the page cache
 
@@ -136,7 +138,7 @@ class Probe:
 
     ``budget_bytes``: what did not fit into it is not measured; None if all did.
     ``own_bytes``: the peak of those that are always made, below which no budget can be kept.
-    ``heap``: how many times the bytes, and the seconds, a step takes if freed memory is used again; None: not measured.
+    ``heap``: how many times the seconds a step takes if freed memory is used again; None: not measured.
     """
 
     shapes: Shapes
@@ -145,7 +147,7 @@ class Probe:
     runtime_bytes: int
     step_bytes: Mapping[str, Curve]
     step_s: Mapping[str, Curve]
-    heap: tuple[float, float] | None
+    heap: float | None
 
     def covers(self, budget_bytes: int) -> bool:
         """Whether nothing was left out that fits into this budget."""
@@ -268,9 +270,8 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
             for moments_resident, keeps_freed in ways:
                 owners = {"runtime": probe.runtime_bytes, **buffer_bytes([layouts], moments_resident)}
                 owners["activations"] = round(probe.step_bytes[kind].at(layers, micro_batch))
-                heap_bytes, heap_s = probe.heap if keeps_freed and probe.heap is not None else (1.0, 1.0)
                 if keeps_freed:
-                    owners["holes"] = round(_HOLES_BY_AND_BY * (heap_bytes - 1) * owners["activations"])
+                    owners["holes"] = max(round(_HOLES * owners["activations"]), _LEAST_HOLES_BYTES)
                 # Recomputing and offloading only add work, whatever noise the probe's clock had.
                 per_example = max(probe.step_s[name].rate(layers) for name in {"keep", kind})
                 moved = 0 if moments_resident else 4 * owners["weights"]
@@ -279,7 +280,8 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
                 smallest, smallest_s = probe.step_s["keep"].points[0][0]
                 overhead = max(0.0, smallest_s - smallest * probe.step_s["keep"].rate(1))
                 seconds += (-(-batch_size // micro_batch) - 1) * overhead
-                seconds = seconds * heap_s + moved / CACHED_BYTES_PER_S
+                seconds *= probe.heap if keeps_freed and probe.heap is not None else 1.0
+                seconds += moved / CACHED_BYTES_PER_S
                 yield Choice(micro_batch, kind, moments_resident, keeps_freed), owners, seconds
 
 
@@ -385,4 +387,4 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     return hashlib.sha256(json.dumps([_PROBE_VERSION, key], sort_keys=True).encode()).hexdigest()[:32]
 
 
-_PROBE_VERSION = 10
+_PROBE_VERSION = 11

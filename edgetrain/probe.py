@@ -20,7 +20,6 @@ from edgetrain.spec import Spec
 
 _SMALLEST_TENSOR_BYTES = 128 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
 _ALWAYS_MEASURED = 2  # layers, and micro-batches: the least that a line can be drawn through
-_LEAST_BYTES = 1 << 20  # of which holes are a part
 _REPEATS, _ENOUGH_S = 3, 0.1  # of a step: memory does not vary, the machine's mood does, least so in long steps
 
 
@@ -198,10 +197,10 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
         whole = not any(any(rows) for rows in bounds.values())
         if memory.reuses_freed and len(step_bytes["keep"]) == layers:
             # Last: a heap that once was large stays so in part. Of what fitted last.
-            (micro_batch, plain_bytes), (_, plain_s) = step_bytes["keep"][-1][-1], step_s["keep"][-1][-1]
-            found = _from_heap(lambda: timed(policies["keep"], micro_batch), memory, budget_bytes)
-            whole = whole and found is not None
-            heap = found and (max(1.0, found[0] / max(plain_bytes, _LEAST_BYTES)), min(1.0, found[1] / plain_s))
+            (micro_batch, _), (_, plain_s) = step_bytes["keep"][-1][-1], step_s["keep"][-1][-1]
+            heap_s = _from_heap(lambda: timed(policies["keep"], micro_batch), memory, budget_bytes)
+            whole = whole and heap_s is not None
+            heap = None if heap_s is None else min(1.0, heap_s / plain_s)
     return {
         "shapes": shapes,
         "budget_bytes": None if whole else budget_bytes,
@@ -213,16 +212,12 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
     }
 
 
-def _from_heap(timed: Callable[[], float], memory: Memory, budget_bytes: int) -> tuple[float, float] | None:
-    """The peak of a step over what is resident before, and its seconds, if its memory comes from the heap; None where
-    that does not fit."""
+def _from_heap(timed: Callable[[], float], memory: Memory, budget_bytes: int) -> float | None:
+    """The seconds of a step if its memory comes from the heap; None where that does not fit."""
     try:
         memory.limit(budget_bytes)
-        before = memory.resident_bytes()
         limits.keep_freed_memory(True)
-        memory.reset_peak()
-        seconds = min(timed() for _ in range(_REPEATS))
-        return memory.peak_bytes() - before, seconds
+        return min(timed() for _ in range(_REPEATS))
     except (RuntimeError, MemoryError) as error:
         if not limits.is_out_of_memory(error):
             raise

@@ -227,7 +227,9 @@ def train(  # noqa: PLR0915
         def stopping() -> bool:
             return stop() or governor.exceeded
 
-        with governor.hold(_OWN_STEP_BYTES):
+        # By and by a heap gets more holes than were planned for: then it gives them back.
+        planned_bytes = plan.peak_bytes if plan.choice.keeps_freed else math.inf
+        with governor.hold(_OWN_STEP_BYTES, planned_bytes):
             while not stopping() and (visits is None or made < visits):
                 steps_done = [done[b].step for b in range(spec.num_blocks)]
                 following = next_visit(spec, steps_done, blocks)

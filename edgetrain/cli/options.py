@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -205,12 +206,15 @@ def plan_of_session(
     session: Session, spec: Spec, device: str, threads: int, budget: int, activations: str | None
 ) -> Plan:
     """The plan for going on with ``session``: with its own micro-batch, or only if that does not fit with a smaller."""
-    from edgetrain.cli.probe import probed
+    from edgetrain.cli.probe import known, probed
     from edgetrain.errors import BudgetInfeasible
     from edgetrain.planning import make_plan
 
     own = max(session.progress(block).micro_batch for block in range(spec.num_blocks))
     kept = replace(spec, train=replace(spec.train, micro_batch=own))
+    if (measured := known(kept, device, threads, budget)) is not None:  # when it was created, perhaps
+        with contextlib.suppress(BudgetInfeasible):
+            return make_plan(kept, measured, budget, threads, activations)
     free = replace(spec, train=replace(spec.train, micro_batch=0))
     # Of the free one: a smaller micro-batch may fit, and then the probe has no call for more room than the budget.
     measured = probed(free, device, threads, budget, activations)

@@ -47,9 +47,7 @@ def probed(
         found = _parsed(spec, brought["measured"])
         save_probe(spec, device, num_threads, brought["measured"])
     else:
-        found = _parsed(spec, saved_probe(spec, device, num_threads))
-        if found is not None and not found.covers(budget_bytes):
-            found = None
+        found = known(spec, device, num_threads, budget_bytes)
     needed_bytes = budget_bytes
     if found is not None:
         smallest = smallest_budget_bytes(spec, found, activations)
@@ -60,6 +58,12 @@ def probed(
     return become(["-m", "edgetrain.cli.probe", json.dumps({"request": request, "command": sys.orig_argv[1:]})])
 
 
+def known(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe | StreamedProbe | None:
+    """The measurement in the cache, unless something was left out of it that fits into this budget."""
+    found = _parsed(spec, saved_probe(spec, device, num_threads))
+    return found if found is not None and found.covers(budget_bytes) else None
+
+
 def probed_beside(
     spec: Spec, device: str, num_threads: int, budget_bytes: int, activations: str | None
 ) -> Probe | StreamedProbe:
@@ -68,8 +72,8 @@ def probed_beside(
     Raises:
         EdgetrainError: what the other process raised.
     """
-    found = _parsed(spec, saved_probe(spec, device, num_threads))
-    if found is None or not found.covers(budget_bytes):
+    found = known(spec, device, num_threads, budget_bytes)
+    if found is None:
         found = _measured_beside(spec, device, num_threads, budget_bytes)
     smallest = smallest_budget_bytes(spec, found, activations)
     if smallest <= budget_bytes or found.covers(smallest):

@@ -281,6 +281,36 @@ def test_small_blocks_leave_the_process_when_told_to() -> None:
     assert returned < 4 * MIB
 
 
+_WATCHED = """
+import ctypes, json, time
+from devices.limits import prepare_process
+from devices.memory import HostMemory
+prepare_process(1)
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+memory = HostMemory()
+before = memory.resident_bytes()
+blocks = [c.malloc(1 << 15) for _ in range(1024)]
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 15)
+for block in blocks[:-1]:
+    c.free(block)
+kept = []
+for planned in (before + (64 << 20), before + (16 << 20)):
+    with memory.watch(1 << 40, lambda: None, planned):
+        time.sleep(0.2)
+    kept.append(memory.resident_bytes() - before)
+print(json.dumps(kept))
+"""
+
+
+@pytest.mark.skipif(not _GLIBC, reason="glibc's allocator")
+def test_what_was_freed_and_kept_goes_back_above_what_was_planned() -> None:
+    below, above = _run(_WATCHED)
+    assert below > 24 * MIB
+    assert above < 8 * MIB
+
+
 _HOLES = """
 import json, random, sys
 from devices.limits import keep_freed_memory, prepare_process

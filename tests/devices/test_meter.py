@@ -11,7 +11,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from devices.meter import Monitor, TreeMeter, resident_bytes_fast, usage
+from devices.meter import Monitor, Relief, TreeMeter, resident_bytes_fast, usage
 from tests.devices.subprocesses import run_python
 
 MIB = 1 << 20
@@ -84,7 +84,7 @@ def test_the_fast_reading_is_the_childs_own_after_a_fork() -> None:
     resident_bytes_fast()
     code = (
         "import mmap, os\n"
-        "from devices.meter import resident_bytes_fast\n"
+        "from devices.meter import Relief, resident_bytes_fast\n"
         "before, _ = resident_bytes_fast()\n"
         "if (pid := os.fork()) == 0:\n"
         "    memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
@@ -121,7 +121,7 @@ def test_the_monitor_has_memory_relieved_before_the_budget_is_exceeded() -> None
             held.pop().close()  # type: ignore[attr-defined]
 
     budget = resident_bytes_fast()[0] + 64 * MIB
-    with Monitor(budget, lambda: excess.append(1), relieve=relieve):
+    with Monitor(budget, lambda: excess.append(1), relief=[Relief(budget - 4 * MIB, relieve, 0.5)]):
         time.sleep(0.05)
         held.append(_resident(32 * MIB))
         time.sleep(0.05)
