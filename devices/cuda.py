@@ -177,6 +177,7 @@ class _OwnMemory(Memory):
 
     reuses_freed = False  # torch's allocator does, always
     counts_untouched = True
+    counts_code = True
 
     def __init__(self, device: CudaDevice) -> None:
         self._device = device

@@ -22,6 +22,8 @@ class Memory(abc.ABC):
     """Whether ``limits.keep_freed_memory`` is a choice here: faster, and with holes."""
     counts_untouched: ClassVar[bool]
     """Whether what was allocated counts before it is touched."""
+    counts_code: ClassVar[bool]
+    """Whether a kernel takes of it when it first runs; which one runs depends on the sizes of tensors."""
 
     @abc.abstractmethod
     def resident_bytes(self) -> int:
@@ -60,6 +62,7 @@ class HostMemory(Memory):
 
     reuses_freed = True
     counts_untouched = False
+    counts_code = False
 
     def __init__(self) -> None:
         self._file_bytes = 0

@@ -55,7 +55,7 @@ class BlockTrainer(Trainer):
         self.optimizer = AdamW(self.spec.optimizer)
         self.resident = Resident(device, [largest_block(self.spec, session.shapes)], choice.moments_resident)
         self.activations = self._activations(choice.activations)
-        self._keeps_freed = choice.keeps_freed
+        self._keeps_freed, self._micro_batch = choice.keeps_freed, choice.micro_batch
         self.block = build_modules(self.spec, self.family, 0)
 
     def _activations(self, kind: str) -> Activations:
@@ -85,6 +85,9 @@ class BlockTrainer(Trainer):
             self._accumulate(progress.step, 1, 1, activations)
         with torch.no_grad():
             self._accumulate(progress.step, 1, 1, Keep())
+        if self.device.memory.counts_code:
+            for count in sorted({self._micro_batch, self.spec.train.batch_size % self._micro_batch} - {0, 1}):
+                self._attempt(progress.step, self.activations, count, count)
         self.resident.flat_gradient().zero_()
         warm_up_kernels(self.device)
         # Not before: what libraries take once, and keep, would lie between the holes.
@@ -103,7 +106,7 @@ class BlockTrainer(Trainer):
     def step(self, progress: BlockProgress, transaction: Transaction, settle: Settle) -> Step | SmallerMicroBatch:
         began = time.perf_counter()
         step, micro_batch = progress.step, progress.micro_batch
-        while isinstance(loss := self._attempt(step, micro_batch, self.activations), str):
+        while isinstance(loss := self._attempt(step, self.activations, micro_batch), str):
             if self._closed_holes():
                 continue
             if not isinstance(self.activations, Keep):
@@ -124,7 +127,7 @@ class BlockTrainer(Trainer):
     def loss(self, progress: BlockProgress, step: int, transaction: Transaction) -> float:
         micro_batch = progress.micro_batch
         with torch.no_grad():
-            while isinstance(loss := self._attempt(step, micro_batch, Keep()), str):
+            while isinstance(loss := self._attempt(step, Keep(), micro_batch), str):
                 if not self._closed_holes():
                     micro_batch = halved(micro_batch, step, loss)
         return loss
@@ -136,10 +139,12 @@ class BlockTrainer(Trainer):
         return_freed_memory()
         return kept
 
-    def _attempt(self, step: int, micro_batch: int, activations: Activations) -> float | str:
+    def _attempt(
+        self, step: int, activations: Activations, micro_batch: int, batch_size: int | None = None
+    ) -> float | str:
         """The mean loss of a step's batch, as ``_accumulate``; if memory ran out, what was said of it."""
         try:
-            return self._accumulate(step, self.spec.train.batch_size, micro_batch, activations)
+            return self._accumulate(step, batch_size or self.spec.train.batch_size, micro_batch, activations)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 import devices
-from devices import meter
 from edgetrain.models import build_network
 from edgetrain.models.base import Boundary, Network
 from edgetrain.models.mixed_precision import in_precision
@@ -128,7 +127,7 @@ def examine(session: Session, dataset: Any, device_kind: str, scratch: Path, num
         resident_loss=resident_loss,
         repeats=first.keys() == second.keys() and all(_same_bits(first[key], second[key]) for key in first),
         compilers=[name for name in _COMPILERS if name in sys.modules],
-        peak_bytes=meter.usage().peak_bytes,
+        peak_bytes=device.memory.peak_bytes(),
         tolerance=TOLERANCE[spec.exact.compute],
     )
 

@@ -137,7 +137,7 @@ class StreamedTrainer(Trainer):
         for keeping in (False, True):
             self._keeping = keeping
             self.differentiate(progress.step, 1)
-        if self._in_bf16:
+        if self._in_bf16 or self.device.memory.counts_code:
             # A library writes code for each shape of a product, and keeps it. With nothing kept, that fits.
             self._keeping = False
             for count in sorted({count for _, count in self._split(self.choice.micro_batch)} - {1}):

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import devices
+from devices.memory import HostMemory
 from edgetrain import engine as engine_module
 from edgetrain.activations import Keep
 from edgetrain.blockwise import BlockTrainer, build_modules
@@ -395,6 +396,29 @@ def run_engine(session: Session, batches: Any, block: int, num_steps: int, choic
         engine.visit(block, num_steps, steps.append)
         session.store.flush()
     return steps
+
+
+@pytest.mark.parametrize(("counts_code", "sizes"), [(False, {1}), (True, {1, 2, 3})])
+def test_all_sizes_run_before_the_limit_where_code_takes_memory(counts_code, sizes, digits, tmp_path, monkeypatch):
+    spec = small(train__micro_batch=3)
+    session = new_session(tmp_path / "s", spec)
+    monkeypatch.setattr(HostMemory, "counts_code", counts_code)
+    seen = set()
+    real = BlockTrainer._to_device
+
+    def recorded(self: BlockTrainer, draw: Any) -> Any:
+        seen.add(len(next(iter(draw.values()))))
+        return real(self, draw)
+
+    monkeypatch.setattr(BlockTrainer, "_to_device", recorded)
+    with session.store.lock(["block00"]):
+        device = devices.open_device("cpu", session.scratch)
+        objective = diffusion_blocks(spec, batches_of(spec, digits))
+        trainer = BlockTrainer(session, device, Choice(3, "recompute", True), objective)
+        trainer.warm_up(session.progress(0))
+    assert seen == sizes
+    assert not trainer.resident.flat_gradient().any()
+    assert trainer.retries == 0
 
 
 @pytest.mark.parametrize("micro_batch", [8, 3])
