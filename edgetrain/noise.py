@@ -103,6 +103,10 @@ class NoiseSchedule:
         return [(sigma, self.block_of(sigma)) for sigma in middles]
 
 
+EVALUATED_LEVELS = 6
+"""At how many noise levels ``edgetrain evaluate`` measures a generator of images."""
+
+
 def masking_band(num_blocks: int, block: int) -> tuple[float, float]:
     """The (low, high) of t that ``block`` owns in masked diffusion, alpha(t) = 1 - t: equal decrements of alpha, the
     first block where most is masked."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.data import Dataset, to_float
 from edgetrain.errors import BadInput, UsageError
 from edgetrain.noise import euler_coefficients
 from edgetrain.randomness import Purpose, Stream, normal
@@ -61,6 +62,43 @@ class ImageGenerator:
                     z[part] = a * z[part] + b * found
             del model  # before the next one is loaded
         return _pixels(z)
+
+    def errors(self, dataset: Dataset, num_levels: int) -> list[tuple[float, int, float]]:
+        """(sigma, block, mean square error of a denoised pixel) at so many noise levels, on all images: what
+        ``ImageSampler.errors`` finds of the session, by the same noise.
+
+        Raises:
+            UsageError: the export is one graph, which denoises by all its steps at once.
+            BadInput: the images are others than those of training.
+        """
+        manifest = self.manifest
+        if manifest.single_file:
+            raise UsageError(f"the one graph in {self._folder} takes all steps at once", "Export blocks.")
+        if (dataset.image_shape, dataset.num_classes) != (manifest.image_shape, manifest.num_classes):
+            raise BadInput(
+                f"{dataset.name} has {dataset.num_classes} classes of images {dataset.image_shape}, the model was "
+                f"trained on {manifest.num_classes} of {manifest.image_shape}"
+            )
+        levels = manifest.schedule.levels(num_levels)
+        total = np.zeros(num_levels)
+        for block in dict.fromkeys(block for _, block in levels):
+            path = self._folder / block_file(block)
+            model = open_model(path, self._num_threads)
+            for start in range(0, dataset.num_examples, _BATCH):
+                pixels, labels = dataset.read(np.arange(start, min(start + _BATCH, dataset.num_examples)))
+                images = to_float(pixels)
+                for number, (sigma, owner) in enumerate(levels):
+                    if owner != block:
+                        continue
+                    stream = Stream(manifest.seed, Purpose.EVALUATION_NOISE, 0, number)
+                    eps = normal(stream, start, len(images), images[0].size).reshape(images.shape)
+                    z, sigmas = images + np.float32(sigma) * eps, np.full(len(images), sigma, np.float32)
+                    with model_errors(path):
+                        (found,) = model.run([OUTPUT], {"z": z, "sigma": sigmas, "labels": labels})
+                    total[number] += np.square(found - images, dtype=np.float64).sum()
+            del model  # before the next one is loaded
+        count = dataset.num_examples * int(np.prod(manifest.image_shape))
+        return [(sigma, block, squares / count) for (sigma, block), squares in zip(levels, total.tolist(), strict=True)]
 
     def _by_one_graph(self, labels: Sequence[int], num_steps: int, guidance: float, seed: int) -> NDArray[np.uint8]:
         if num_steps != STEPS:

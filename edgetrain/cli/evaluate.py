@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from edgetrain.sampling import Batched
     from edgetrain.session import Session
 
-_NOISE_LEVELS = 6
 _DRAWS = 8
 _STEPS_OF_A_BOUND = 64  # with as few as there are blocks a variational bound says nothing
 
@@ -64,8 +63,8 @@ def command(
     the mean square error of a denoised pixel at some noise levels. Of a language model, the mean loss of a token and
     the perplexity on the text held out (--split test), or on what it was trained on. Of one trained from the beginning,
     bits a token: at sigma_max, and a bound of the chain; by masked diffusion's bound; and of a recurrent one for
-    several numbers of runs of its core. Of a language model that was exported to ONNX, without torch, the cost of a
-    token of all of --data.
+    several numbers of runs of its core. Of an export to ONNX, without torch: of a language model the cost of a token of
+    all of --data, of a generator its error on the test images of --data.
 
     \b
     Example:
@@ -79,7 +78,10 @@ def command(
 
     if is_exported(session):
         if split or euler_steps or draws:
-            raise UsageError("an export is evaluated on all of a text, by its one readout", "Give --data alone.")
+            raise UsageError(
+                "an export is evaluated on all of a text or of the test images, by its one readout",
+                "Give --data alone.",
+            )
         evaluate_exported(session, data, budget, limit, threads, as_json)
         return
     found = Session.open(session)
@@ -155,10 +157,12 @@ def _accuracies(values: Mapping[str, float]) -> list[dict[str, Any]]:
 
 
 def _errors(sampler: ImageSampler, dataset: Dataset) -> list[dict[str, Any]]:
+    from edgetrain.noise import EVALUATED_LEVELS
+
     return [
         {"metric": "mse", "value": one.mse, "readout": f"sigma {one.sigma:.4g}", "sigma": one.sigma,
          "block": one.block, "weighted": one.mse * one.weight}
-        for one in sampler.errors(dataset, _NOISE_LEVELS)
+        for one in sampler.errors(dataset, EVALUATED_LEVELS)
     ]  # fmt: skip
 
 

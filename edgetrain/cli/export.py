@@ -133,11 +133,11 @@ def _export_compared(
     from exporters import onnx, parity
     from exporters.manifest import read
 
-    budget = options.saved_budget(found, budget)
+    budget = _known_budget(found, budget)
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
     with stage() as staged:
-        if staged.emit_peak_bytes > budget:
+        if budget is not None and staged.emit_peak_bytes > budget:
             raise BudgetBroken(
                 f"exporting took {format_bytes(staged.emit_peak_bytes)}, over the budget of {format_bytes(budget)}",
                 "Give a larger budget; nothing was exported.",
@@ -164,6 +164,11 @@ def _export_compared(
         ])  # fmt: skip
 
     options.emit(value, as_json, text)
+
+
+def _known_budget(found: Session, budget: int | None) -> int | None:
+    """What is named now or was at the latest training; None of a session that was imported and not trained yet."""
+    return None if budget is None and found.last_plan() is None else options.saved_budget(found, budget)
 
 
 def _export_hf(found: Session, folder: Path, merge: bool, dtype: str | None, budget: int | None, as_json: bool) -> None:
@@ -197,9 +202,9 @@ def _hf_within(found: Session, folder: Path, merge: bool, dtype: str | None, bud
     from exporters import hf_session
 
     stored = _DTYPES[dtype] if dtype else None
-    if budget is None and found.last_plan() is None:
+    budget = _known_budget(found, budget)
+    if budget is None:
         return hf_session.export(found, folder, dtype=stored, merge=merge)
-    budget = options.saved_budget(found, budget)
     governor = Governor(budget)
     hf_session.warm_up()
     with governor.hold(_HF_NEEDED_BYTES):

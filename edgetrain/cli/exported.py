@@ -1,14 +1,17 @@
-"""What ``edgetrain generate`` does for an exported language model: onnxruntime alone, no torch."""
+"""Commands on an export of a language model, or of a generator of images: onnxruntime alone, no torch."""
 
 from __future__ import annotations
 
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgetrain.cli import options
 from edgetrain.errors import UsageError
+
+if TYPE_CHECKING:
+    from exporters.manifest import Manifest
 
 _LENGTH = 512  # of examples, where an export does not say what training had
 
@@ -79,7 +82,7 @@ def write(
 def evaluate(
     folder: Path, data: str | None, budget: int | None, limit: int | None, threads: int, as_json: bool
 ) -> None:
-    """What ``edgetrain evaluate`` does for an exported language model, as ``write``."""
+    """What ``edgetrain evaluate`` does for an exported language model or generator of images, as ``write``."""
     import click
 
     from devices.limits import prepare_process, return_freed_memory
@@ -90,9 +93,12 @@ def evaluate(
     from edgetrain.spec import TextSpec
     from edgetrain.units import format_bytes
     from exporters.evaluation import evaluate
-    from exporters.manifest import LanguageManifest, TextManifest, another, read
+    from exporters.manifest import LanguageManifest, Manifest, TextManifest, another, read
 
     manifest = read(folder)
+    if isinstance(manifest, Manifest) and manifest.family == "dit":
+        _errors(folder, manifest, data, budget, limit, threads, as_json)
+        return
     if not isinstance(manifest, (LanguageManifest, TextManifest)):
         raise another(folder, manifest)
     if data is None:
@@ -119,3 +125,46 @@ def evaluate(
         f"{found.readout}: {most}{bits:.4f} bits a token ({found.nats:.4f} nats), perplexity {most}{perplexity:.2f}\n"
         f"{found.num_tokens} tokens of {found.num_examples} examples; peak {format_bytes(peak)}"
     ))  # fmt: skip
+
+
+def _errors(
+    folder: Path,
+    manifest: Manifest,
+    data: str | None,
+    budget: int | None,
+    limit: int | None,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """How far denoised images of the test split are off."""
+    import click
+
+    from devices import meter
+    from edgetrain.data import open_dataset
+    from edgetrain.noise import EVALUATED_LEVELS
+    from edgetrain.units import format_bytes
+    from exporters.image_runtime import ImageGenerator
+    from exporters.manifest import WEIGHTS
+    from exporters.serving import within
+
+    if data is None:
+        raise UsageError("an export has no images of its own", "Name some by --data.")
+    if limit is not None:
+        raise UsageError("--limit is there for language models; denoising is evaluated on all examples")
+    scratch = Path(click.get_current_context().with_resource(options.temporary_folder()))
+    dataset = open_dataset(data, "test", scratch)
+    generator = ImageGenerator(folder, threads)
+    weights_bytes = 0 if manifest.single_file else manifest.files[WEIGHTS].bytes
+    with within(budget, "evaluating", weights_bytes, weights_bytes // manifest.schedule.num_blocks):
+        found = generator.errors(dataset, EVALUATED_LEVELS)
+    peak = meter.usage().peak_bytes
+    value = {
+        "export": str(folder),
+        "results": [{"metric": "mse", "readout": f"sigma {sigma:.4g}", "sigma": sigma, "block": block, "value": mse}
+                    for sigma, block, mse in found],
+        "num_examples": dataset.num_examples, "peak_bytes": peak, "budget_bytes": budget,
+    }  # fmt: skip
+    options.emit(value, as_json, lambda: "\n".join([
+        *(f"{'sigma':5} {sigma:<12.4g} mse {mse:.6f}" for sigma, _, mse in found),
+        f"{dataset.num_examples} test examples; peak {format_bytes(peak)}",
+    ]))  # fmt: skip

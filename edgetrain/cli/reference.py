@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _RESULT = "EDGETRAIN_REFERENCE"
 
 
-def referenced(session: Path, to: Path, single_file: bool, budget_bytes: int) -> Reference:
+def referenced(session: Path, to: Path, single_file: bool, budget_bytes: int | None) -> Reference:
     """What torch computes of ``session``; without it this process ends here and begins again with it.
 
     Raises:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import devices
+from edgetrain.data import Dataset
 from edgetrain.errors import BadInput
 from edgetrain.image_sampling import ImageSampler
 from edgetrain.recipe import resolve
@@ -139,3 +140,42 @@ def test_one_graph_generates_what_the_session_does(session, tmp_path):
         assert np.abs(found.astype(int) - expected).max() <= 1
     one = ImageGenerator(tmp_path / "to").generate(labels[:1], 50, 2.5, 4)
     np.testing.assert_array_equal(one, found[:1])
+
+
+def test_errors_of_an_export_are_the_sessions(session: Session, tmp_path: Path) -> None:
+    shape, num_classes = session.spec.image_model.image_shape, session.spec.image_model.num_classes
+    random = np.random.default_rng(1)
+    pixels = random.integers(0, 256, (70, *shape)).astype(np.uint8)  # more than a batch
+
+    class Images(Dataset):
+        def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return pixels[indices], indices % num_classes
+
+    dataset = Images("images", "test", len(pixels), shape, tuple(map(str, range(num_classes))))
+    expected = ImageSampler(session, devices.open_device("cpu"), 16).errors(dataset, 3)
+    found = ImageGenerator(exported(session, tmp_path / "to")).errors(dataset, 3)
+    assert [sigma for sigma, _, _ in found] == pytest.approx([one.sigma for one in expected])
+    if not session.spec.is_exact:
+        assert [block for _, block, _ in found] == [one.block for one in expected]
+    assert [mse for _, _, mse in found] == pytest.approx([one.mse for one in expected], rel=1e-4)
+    others = Images("others", "test", 4, shape, ("0", "1"))
+    with pytest.raises(BadInput, match="2 classes"):
+        ImageGenerator(tmp_path / "to").errors(others, 3)
+
+
+def said(*arguments: object) -> dict[str, Any]:
+    done = run_cli(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    value: dict[str, Any] = json.loads(done.stdout)
+    return value
+
+
+def test_evaluate_an_export(tmp_path: Path) -> None:
+    made = ["--recipe", "dit-digits", "--memory-budget", "1GiB", "--steps", "1", "--set", "train.visit_steps=1"]
+    said("train", tmp_path / "s", *made)
+    said("export", tmp_path / "s", "--to", tmp_path / "to")
+    of_session = said("evaluate", tmp_path / "s")["results"]
+    of_export = said("evaluate", tmp_path / "to", "--data", "digits", "--memory-budget", "200MiB")
+    assert [row["readout"] for row in of_export["results"]] == [row["readout"] for row in of_session]
+    assert [row["value"] for row in of_export["results"]] == pytest.approx([r["value"] for r in of_session], rel=1e-3)
+    assert of_export["peak_bytes"] <= 200 << 20

@@ -270,6 +270,16 @@ def test_from_a_session_to_a_text(readable, tmp_path, single_file):
     assert "edgetrain generate" in done.stderr
 
 
+def test_an_imported_model_leaves_without_training_and_without_a_budget(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "base", "llama", "F32")
+    assert run_cli("import", folder, tmp_path / "s", "--set", "data.length=16").returncode == 0
+    done = run_cli("export", tmp_path / "s", "--to", tmp_path / "to", "--single-file", "--json")
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["budget_bytes"] is None
+    assert value["parity"]
+
+
 @pytest.mark.parametrize("budget", [None, 1])
 def test_results_do_not_keep_a_graph_that_is_closed(session_of, tmp_path, budget):
     """What onnxruntime returns is a view of memory that it frees when the last of it is gone."""
