@@ -20,10 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
+from devices.limits import LARGEST_FROM_HEAP
 from edgetrain import __version__
 from edgetrain.errors import BudgetInfeasible
 from edgetrain.pieces import buffer_bytes
-from edgetrain.spec import Spec, StackSpec
+from edgetrain.spec import ModelSpec, Spec, StackSpec, TextModelSpec
 from edgetrain.stack import source_hash
 from edgetrain.stages import Shapes, frozen, groups, largest_block
 from edgetrain.units import MIB, format_bytes
@@ -258,6 +259,8 @@ def choose(
 
 def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[Choice, dict[str, int], float]]:
     """(choice, bytes by owner, seconds a step) of every way to train, the one that splits and moves least first."""
+    model = spec.model
+    assert isinstance(model, (ModelSpec, TextModelSpec))
     layers = len(spec.layers_of(0))
     layouts = largest_block(spec, probe.shapes)
     batch_size = spec.train.batch_size
@@ -271,7 +274,10 @@ def _candidates(spec: Spec, probe: Probe, forced: str | None) -> Iterator[tuple[
                 owners = {"runtime": probe.runtime_bytes, **buffer_bytes([layouts], moments_resident)}
                 owners["activations"] = round(probe.step_bytes[kind].at(layers, micro_batch))
                 if keeps_freed:
-                    owners["holes"] = max(round(_HOLES * owners["activations"]), _LEAST_HOLES_BYTES)
+                    # Of larger tensors none comes from the heap.
+                    small = 4 * micro_batch * spec.tokens_per_example * model.width < LARGEST_FROM_HEAP
+                    holes = round(_HOLES * owners["activations"]) if small else 0
+                    owners["holes"] = max(holes, _LEAST_HOLES_BYTES)
                 # Recomputing and offloading only add work, whatever noise the probe's clock had.
                 per_example = max(probe.step_s[name].rate(layers) for name in {"keep", kind})
                 moved = 0 if moments_resident else 4 * owners["weights"]

@@ -205,8 +205,8 @@ class Resident:
 
     def gradient_norm(self) -> float:
         """Of what is bound: taken by pieces, which are the same wherever the gradients are."""
-        norms = (torch.linalg.vector_norm(self._gradient(part)).item() for part in self._parts)
-        return math.sqrt(sum(norm * norm for norm in norms))
+        norms = [torch.linalg.vector_norm(self._gradient(part)) for part in self._parts]
+        return math.sqrt(sum(norm * norm for norm in torch.stack(norms).tolist()))  # one wait for a GPU, not many
 
     def _gradient(self, part: Part) -> Tensor:
         """(num_elements,), to be used until the next call."""

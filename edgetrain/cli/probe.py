@@ -40,14 +40,13 @@ def probed(
     Nothing may be held that the end of a process would not release. If the budget is too small, the measurement is one
     with as much room as the budget that does: what a refusal names must hold.
     """
-    if _BEGAN_ANEW not in os.environ and (environment := without_block_cache(os.environ)):
-        become(sys.orig_argv[1:], {**environment, _BEGAN_ANEW: "1"})  # once, should the system drop the other one
+    _begin_without_block_cache()
     brought = json.loads(os.environ.pop(_RESULT, "null"))
     if brought is not None and brought["request"][:-1] == [to_toml(spec), device, num_threads]:
         found = _parsed(spec, brought["measured"])
         save_probe(spec, device, num_threads, brought["measured"])
     else:
-        found = known(spec, device, num_threads, budget_bytes)
+        found = _cached(spec, device, num_threads, budget_bytes)
     needed_bytes = budget_bytes
     if found is not None:
         smallest = smallest_budget_bytes(spec, found, activations)
@@ -59,6 +58,17 @@ def probed(
 
 
 def known(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe | StreamedProbe | None:
+    """As ``probed``, if that was measured before; None otherwise."""
+    _begin_without_block_cache()
+    return _cached(spec, device, num_threads, budget_bytes)
+
+
+def _begin_without_block_cache() -> None:
+    if _BEGAN_ANEW not in os.environ and (environment := without_block_cache(os.environ)):
+        become(sys.orig_argv[1:], {**environment, _BEGAN_ANEW: "1"})  # once, should the system drop the other one
+
+
+def _cached(spec: Spec, device: str, num_threads: int, budget_bytes: int) -> Probe | StreamedProbe | None:
     """The measurement in the cache, unless something was left out of it that fits into this budget."""
     found = _parsed(spec, saved_probe(spec, device, num_threads))
     return found if found is not None and found.covers(budget_bytes) else None
@@ -72,7 +82,7 @@ def probed_beside(
     Raises:
         EdgetrainError: what the other process raised.
     """
-    found = known(spec, device, num_threads, budget_bytes)
+    found = _cached(spec, device, num_threads, budget_bytes)
     if found is None:
         found = _measured_beside(spec, device, num_threads, budget_bytes)
     smallest = smallest_budget_bytes(spec, found, activations)
