@@ -12,7 +12,7 @@ from typing import ClassVar
 from devices import limits, meter
 
 _NEAR_BYTES = 4 << 20
-_RELIEVED_FOR_S, _TRIMMED_FOR_S = 0.5, 0.02
+_RELIEVED_FOR_S, _TRIMMED_FOR_S = 0.5, 0.05
 
 
 class Memory(abc.ABC):

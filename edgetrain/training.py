@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _LOG_EVERY_S = 1.0
 _DRAWN_ELEMENTS = 1 << 18
 _OWN_STEP_BYTES = 1 << 20
+_NEAR_THE_PLAN = 1.01
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def train(  # noqa: PLR0915
             return stop() or governor.exceeded
 
         # By and by a heap gets more holes than were planned for: then it gives them back.
-        planned_bytes = plan.peak_bytes if plan.choice.keeps_freed else math.inf
+        planned_bytes = _NEAR_THE_PLAN * plan.peak_bytes if plan.choice.keeps_freed else math.inf
         with governor.hold(_OWN_STEP_BYTES, planned_bytes):
             while not stopping() and (visits is None or made < visits):
                 steps_done = [done[b].step for b in range(spec.num_blocks)]
