@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from devices import limits, meter
+import devices
+from devices import limits
 from edgetrain.errors import BadInput, UsageError
 from edgetrain.plan import Plan
 from edgetrain.recipe import difference, load_recipe, resolve, to_toml
@@ -119,7 +120,7 @@ class Training:
         from edgetrain import training
 
         plan, probe = self._plan()
-        meter.reset_peak()  # what the program did before is no part of this
+        devices.open_device(self.device).memory.reset_peak()  # what the program did before is no part of this
         made = 0
 
         def count(_: training.Report) -> None:
@@ -203,7 +204,7 @@ class Training:
             return self._probes[spec]
         probe = probed_beside(spec, self.device, self.threads, self.budget_bytes, self.activations)
         assert isinstance(probe, StreamedProbe)
-        more = max(0, meter.usage().resident_bytes - probe.runtime_bytes)
+        more = max(0, devices.open_device(self.device).memory.resident_bytes() - probe.runtime_bytes)
         return dataclasses.replace(
             probe, runtime_bytes=probe.runtime_bytes + more, own_bytes=probe.own_bytes + more, shapes=network.shapes
         )
