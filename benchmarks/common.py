@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -62,7 +63,8 @@ def executable() -> list[str]:
 def environment(folder: Path) -> dict[str, str]:
     """For commands: probes cached in ``folder`` alone. Idle threads sleep instead of spinning, so that what else
     runs on the machine costs time only; memory does not depend on it."""
-    return os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_WAIT_POLICY": "passive"}
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
 
 
 def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600, poll_s: float = 0.01) -> Outcome:
@@ -72,7 +74,7 @@ def edgetrain(folder: Path, *arguments: str, timeout_s: float = 3600, poll_s: fl
     with tempfile.TemporaryFile("w+", dir=folder) as out, tempfile.TemporaryFile("w+", dir=folder) as err:
         command = [*executable(), *arguments, "--json"]
         process = subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=out, stderr=err)
-        end = threading.Timer(timeout_s, process.kill)
+        end = threading.Timer(timeout_s, os.kill, (process.pid, signal.SIGKILL))
         end.start()
         with TreeMeter(process.pid, poll_s=poll_s) as meter:
             try:

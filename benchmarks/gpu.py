@@ -125,7 +125,7 @@ def main() -> None:
             ])  # fmt: skip
             progress(str(rows[-1]))
     report(
-        options.out, "Next bytes on a GPU: width 1024, 12 layers, batch 8 of 512, fp32",
+        options.out, f"On a GPU: {size['model.depth']} layers of width {size['model.width']}, batch 8 of 512 bytes",
         ["trained", "budget", "peak MiB", "planned MiB", "how", "tokens a second", "of plain torch"], rows,
         "of blocks, the tokens of one block of three layers a second: there are four",
     )  # fmt: skip

@@ -146,11 +146,12 @@ class Study:
     def at(self, arm: Arm, split: str, part: float = 1.0) -> list[Result]:
         """All seeds of an arm, at its chosen learning rate."""
         steps = max(1, round(self.steps * arm.times * part))
-        return [
+        found = [
             one for one in self.results
             if (one.arm, one.steps, one.lr, one.split, one.extra.get("spec"))
             == (arm.name, steps, self.rates[arm.name], split, self.identity(arm))
         ]  # fmt: skip
+        return sorted(found, key=lambda one: one.seed)
 
     def rows(self, arms: Sequence[Arm], metrics: Sequence[str], digits: int = 2) -> Iterator[list[object]]:
         """Arm, learning rate, steps, curve of the first seed, then mean and deviation of each metric on the test set,

@@ -178,6 +178,7 @@ class _OwnMemory(Memory):
     reuses_freed = False  # torch's allocator does, always
     counts_untouched = True
     counts_code = True
+    late_bytes = LATE_BYTES
 
     def __init__(self, device: CudaDevice) -> None:
         self._device = device
@@ -210,7 +211,7 @@ class _OwnMemory(Memory):
     def watch(
         self, budget_bytes: int, on_excess: Callable[[], None], planned_bytes: float = math.inf
     ) -> AbstractContextManager[None]:
-        return nullcontext()  # the cap bounds all of it
+        return nullcontext()  # the cap bounds all but the context, which is looked at in the end
 
 
 class _StreamEvent(Event):

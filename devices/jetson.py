@@ -9,7 +9,7 @@ from devices.cuda import CudaDevice, board_model
 
 
 class JetsonDevice(CudaDevice):
-    """A CUDA device that shares its memory with the host: budgets cover the sum. Untested on hardware."""
+    """A CUDA device that shares its memory with the host. Untested; budgets do not count the process yet."""
 
     kind = "jetson"
     _segments_grow = False

@@ -206,6 +206,16 @@ def data_limit_for(budget_bytes: int, usage: Usage, file_margin_bytes: int = 8 *
     return budget_bytes - outside_data + untouched
 
 
+@contextlib.contextmanager
+def suppress_out_of_memory() -> Iterator[None]:
+    """Lets pass what ``is_out_of_memory``, and nothing else."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out: Python's, the system's, a device's, or torch's on any device."""
     if isinstance(error, MemoryError):

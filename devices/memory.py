@@ -24,6 +24,8 @@ class Memory(abc.ABC):
     """Whether what was allocated counts before it is touched."""
     counts_code: ClassVar[bool]
     """Whether a kernel takes of it when it first runs; which one runs depends on the sizes of tensors."""
+    late_bytes: ClassVar[int]
+    """What ``limit`` keeps free of a budget for that."""
 
     @abc.abstractmethod
     def resident_bytes(self) -> int:
@@ -63,6 +65,7 @@ class HostMemory(Memory):
     reuses_freed = True
     counts_untouched = False
     counts_code = False
+    late_bytes = 0
 
     def __init__(self) -> None:
         self._file_bytes = 0

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from devices import Device, Tier
-from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory
+from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory, suppress_out_of_memory
 from edgetrain.activations import Activations, Keep, Offload, Recompute
 from edgetrain.engine import Settle, SmallerMicroBatch, Step, Trainer, halved
 from edgetrain.models import build_family
@@ -85,13 +85,16 @@ class BlockTrainer(Trainer):
             self._accumulate(progress.step, 1, 1, activations)
         with torch.no_grad():
             self._accumulate(progress.step, 1, 1, Keep())
-        if self.device.memory.counts_code:
-            for count in sorted({self._micro_batch, self.spec.train.batch_size % self._micro_batch} - {0, 1}):
-                self._attempt(progress.step, self.activations, count, count)
         self.resident.flat_gradient().zero_()
         warm_up_kernels(self.device)
         # Not before: what libraries take once, and keep, would lie between the holes.
         keep_freed_memory(self._keeps_freed)
+
+    def run_all_sizes(self, progress: BlockProgress) -> None:
+        for count in sorted({self._micro_batch, self.spec.train.batch_size % self._micro_batch} - {0, 1}):
+            with suppress_out_of_memory():
+                self._accumulate(progress.step, count, count, self.activations)
+        self.resident.flat_gradient().zero_()
 
     def prefetch(self, block: int) -> None:
         self.session.store.prefetch(stage.name for stage in stages_of_block(self.spec, block))
@@ -106,7 +109,7 @@ class BlockTrainer(Trainer):
     def step(self, progress: BlockProgress, transaction: Transaction, settle: Settle) -> Step | SmallerMicroBatch:
         began = time.perf_counter()
         step, micro_batch = progress.step, progress.micro_batch
-        while isinstance(loss := self._attempt(step, self.activations, micro_batch), str):
+        while isinstance(loss := self._attempt(step, micro_batch, self.activations), str):
             if self._closed_holes():
                 continue
             if not isinstance(self.activations, Keep):
@@ -127,7 +130,7 @@ class BlockTrainer(Trainer):
     def loss(self, progress: BlockProgress, step: int, transaction: Transaction) -> float:
         micro_batch = progress.micro_batch
         with torch.no_grad():
-            while isinstance(loss := self._attempt(step, Keep(), micro_batch), str):
+            while isinstance(loss := self._attempt(step, micro_batch, Keep()), str):
                 if not self._closed_holes():
                     micro_batch = halved(micro_batch, step, loss)
         return loss
@@ -139,12 +142,10 @@ class BlockTrainer(Trainer):
         return_freed_memory()
         return kept
 
-    def _attempt(
-        self, step: int, activations: Activations, micro_batch: int, batch_size: int | None = None
-    ) -> float | str:
+    def _attempt(self, step: int, micro_batch: int, activations: Activations) -> float | str:
         """The mean loss of a step's batch, as ``_accumulate``; if memory ran out, what was said of it."""
         try:
-            return self._accumulate(step, batch_size or self.spec.train.batch_size, micro_batch, activations)
+            return self._accumulate(step, self.spec.train.batch_size, micro_batch, activations)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -82,6 +82,10 @@ class Trainer(abc.ABC):
         be drawn around it. Nothing of the session changes.
         """
 
+    def run_all_sizes(self, progress: BlockProgress) -> None:  # noqa: B027
+        """Where kernels take of the memory that is limited when they first run: runs every size of a micro-batch once,
+        as far as it fits. Nothing of the session changes."""
+
     @abc.abstractmethod
     def prefetch(self, block: int) -> None:
         """Lets the system read ahead what a visit of ``block`` will load."""
@@ -140,6 +144,10 @@ class Engine:
     def warm_up(self) -> None:
         """Makes the trainer ready for the limit on memory to be drawn."""
         self.trainer.warm_up(self.session.progress(0))
+
+    def run_all_sizes(self) -> None:
+        """As ``Trainer.run_all_sizes``; under a limit, for a plan may be too low."""
+        self.trainer.run_all_sizes(self.session.progress(0))
 
     def visit(
         self, block: int, num_steps: int, on_step: Callable[[Step], None], stop: Callable[[], bool] = lambda: False

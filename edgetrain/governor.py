@@ -38,6 +38,8 @@ class Governor:
         Raises:
             BudgetBroken: less than that is left.
         """
+        if self.host_bytes is not None and HostMemory().peak_bytes() > self.host_bytes:
+            self.check()
         host = nullcontext() if self.host_bytes is None else HostMemory().watch(self.host_bytes, self._on_excess)
         with host, self.memory.watch(self.budget_bytes, self._on_excess, planned_bytes):
             if self.memory.free_bytes(self.budget_bytes) < needed_bytes:

@@ -192,7 +192,7 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
                 if len(peaks[-1]) < min(_ALWAYS_MEASURED, len(micro_batches)):
                     del peaks[-1], times[-1]
         buffers_bytes = overlaid.nbytes + (resident.nbytes if memory.counts_untouched else 0)
-        runtime_bytes = memory.resident_bytes() - buffers_bytes
+        runtime_bytes = memory.resident_bytes() - buffers_bytes + memory.late_bytes
         heap = None
         whole = not any(any(rows) for rows in bounds.values())
         if memory.reuses_freed and len(step_bytes["keep"]) == layers:

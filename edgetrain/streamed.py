@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from devices import Device, Tier
-from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory
+from devices.limits import is_out_of_memory, keep_freed_memory, return_freed_memory, suppress_out_of_memory
 from edgetrain.activations import SMALLEST_OFFLOADED_BYTES, Activations, Keep, Offload
 from edgetrain.boundaries import Boundaries, Spill
 from edgetrain.engine import Rewind, Settle, SmallerMicroBatch, Step, Trainer, halved
@@ -137,15 +137,24 @@ class StreamedTrainer(Trainer):
         for keeping in (False, True):
             self._keeping = keeping
             self.differentiate(progress.step, 1)
-        if self._in_bf16 or self.device.memory.counts_code:
+        if self._in_bf16:
             # A library writes code for each shape of a product, and keeps it. With nothing kept, that fits.
-            self._keeping = False
-            for count in sorted({count for _, count in self._split(self.choice.micro_batch)} - {1}):
-                self.differentiate(progress.step, count)
-            self._keeping = True
+            self._differentiate_all_sizes(progress)
         warm_up_kernels(self.device)
         # Not before: what libraries take once, and keep, would lie between the holes.
         keep_freed_memory(self.choice.keeps_freed)
+
+    def _differentiate_all_sizes(self, progress: BlockProgress) -> None:
+        self._keeping = False
+        for count in sorted({count for _, count in self._split(self.choice.micro_batch)} - {1}):
+            self.differentiate(progress.step, count)
+        self._keeping = True
+
+    def run_all_sizes(self, progress: BlockProgress) -> None:
+        with suppress_out_of_memory():
+            self._differentiate_all_sizes(progress)
+        self._keeping = True
+        self._clear()
 
     def differentiate(self, step: int, count: int, seen: Seen | None = None) -> float:
         """The loss of a step on ``count`` examples, without its updates. ``seen`` is shown each unit's gradients."""

@@ -134,7 +134,7 @@ class _Measurement:
                 break
         gc.collect()
         limits.return_freed_memory()
-        runtime_bytes = self.memory.resident_bytes()
+        runtime_bytes = self.memory.resident_bytes() + self.memory.late_bytes
         # Last: a heap that once was large stays so in part.
         holes = self._holes(kinds, step_bytes)
         measured = len(step_bytes)

@@ -188,6 +188,10 @@ def train(  # noqa: PLR0915
             )
         engine = Engine(session, trainer, plan.choice.micro_batch, spec.train.visit_steps if spec.is_exact else None)
         engine.warm_up()
+        if memory.counts_code:
+            memory.limit(plan.budget_bytes)
+            engine.run_all_sizes()
+            memory.lift()
         governor = Governor(plan.budget_bytes, memory, host_bytes)
         done = {block: session.progress(block) for block in range(spec.num_blocks)}
         start = sum(done[block].step for block in blocks)

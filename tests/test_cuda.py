@@ -136,7 +136,7 @@ def test_memory_that_runs_out_halves_the_micro_batch(tmp_path: Path) -> None:
     assert summary["peak_bytes"] <= budget
 
 
-def command(folder: Path, *arguments: str, expected: int = 0) -> dict[str, Any]:
+def command(*arguments: str, expected: int = 0) -> dict[str, Any]:
     code = "from edgetrain.cli.main import run; run()"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments, "--json"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -162,20 +162,20 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "--set",
         "train.visit_steps=2",
     ]
-    refused = command(tmp_path, "train", session, *made, "--memory-budget", "300MiB", expected=3)
+    refused = command("train", session, *made, "--memory-budget", "300MiB", expected=3)
     assert "largest" in refused["message"] or "least" in refused["message"]
-    trained = command(tmp_path, "train", session, *made, "--memory-budget", "3GiB", "--host-memory", "8GiB")
+    trained = command("train", session, *made, "--memory-budget", "3GiB", "--host-memory", "8GiB")
     assert trained["status"] == "complete"
     assert trained["plan_peak_bytes"] / 1.3 < trained["peak_bytes"] <= 3 << 30
     assert trained["host_peak_bytes"] > 300 * MIB
-    evaluated = command(tmp_path, "evaluate", session, "--device", "cuda", "--limit", "8")
-    on_cpu = command(tmp_path, "evaluate", session, "--device", "cpu", "--limit", "8", "--memory-budget", "2GiB")
+    evaluated = command("evaluate", session, "--device", "cuda", "--limit", "8")
+    on_cpu = command("evaluate", session, "--device", "cpu", "--limit", "8", "--memory-budget", "2GiB")
     for mine, its in zip(evaluated["results"], on_cpu["results"], strict=True):
         assert mine["value"] == pytest.approx(its["value"], rel=1e-3)
-    written = command(tmp_path, "generate", session, "--prompt", "In", "--max-tokens", "8", "--device", "cuda")
+    written = command("generate", session, "--prompt", "In", "--max-tokens", "8", "--device", "cuda")
     assert written["tokens"] == 8
     more = ["--steps", "6", "--device", "cuda"]
-    broken = command(tmp_path, "train", session, *more, "--host-memory", "50MiB", expected=8)
+    broken = command("train", session, *more, "--host-memory", "50MiB", expected=8)
     assert "host" in broken["message"]
 
 
@@ -184,11 +184,11 @@ def test_the_commands_of_images(family: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     session = str(tmp_path / "s")
     made = ["--recipe", family, "--device", "cuda", "--steps", "4", "--set", "train.visit_steps=2"]
-    trained = command(tmp_path, "train", session, *made, "--memory-budget", "3GiB")
+    trained = command("train", session, *made, "--memory-budget", "3GiB")
     assert trained["status"] == "complete"
-    command(tmp_path, "evaluate", session, "--device", "cuda")
+    command("evaluate", session, "--device", "cuda")
     if family == "dit-digits":
-        command(tmp_path, "generate", session, "--to", str(tmp_path / "grid.png"), "--steps", "4", "--device", "cuda")
+        command("generate", session, "--to", str(tmp_path / "grid.png"), "--steps", "4", "--device", "cuda")
 
 
 @pytest.mark.parametrize("name", ["tied", "lora dropout", "bf16"])

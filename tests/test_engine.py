@@ -19,7 +19,6 @@ import pytest
 import torch
 
 import devices
-from devices.memory import HostMemory
 from edgetrain import engine as engine_module
 from edgetrain.activations import Keep
 from edgetrain.blockwise import BlockTrainer, build_modules
@@ -398,11 +397,9 @@ def run_engine(session: Session, batches: Any, block: int, num_steps: int, choic
     return steps
 
 
-@pytest.mark.parametrize(("counts_code", "sizes"), [(False, {1}), (True, {1, 2, 3})])
-def test_all_sizes_run_before_the_limit_where_code_takes_memory(counts_code, sizes, digits, tmp_path, monkeypatch):
+def test_all_sizes_run_where_code_takes_memory(digits, tmp_path, monkeypatch):
     spec = small(train__micro_batch=3)
     session = new_session(tmp_path / "s", spec)
-    monkeypatch.setattr(HostMemory, "counts_code", counts_code)
     seen = set()
     real = BlockTrainer._to_device
 
@@ -416,9 +413,47 @@ def test_all_sizes_run_before_the_limit_where_code_takes_memory(counts_code, siz
         objective = diffusion_blocks(spec, batches_of(spec, digits))
         trainer = BlockTrainer(session, device, Choice(3, "recompute", True), objective)
         trainer.warm_up(session.progress(0))
-    assert seen == sizes
+        assert seen == {1}
+        trainer.run_all_sizes(session.progress(0))
+    assert seen == {1, 2, 3}
     assert not trainer.resident.flat_gradient().any()
     assert trainer.retries == 0
+
+
+def test_a_plan_that_is_too_low_is_no_harm_where_code_takes_memory(digits, tmp_path):
+    """Running all sizes first must not take what the budget has not: then nothing could be given up any more."""
+    code = _TOO_LOW.format(root=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout.splitlines()[-1])
+    assert value["status"] == "complete"
+    assert value["retries"] > 0
+    assert value["peak_bytes"] <= value["budget_bytes"]
+
+
+_TOO_LOW = """
+import sys
+sys.path.insert(0, "{root}")
+from devices.limits import prepare_process
+prepare_process(1)
+import json
+from pathlib import Path
+import torch
+from devices.memory import HostMemory
+from devices.meter import usage
+from edgetrain.data import open_dataset
+from tests import test_engine as t
+torch.set_num_threads(1)
+HostMemory.counts_code = True
+folder = Path(sys.argv[1])
+digits = open_dataset("digits", "train", folder)
+spec = t.small(model__width=64, model__patch=1, train__batch_size=192, train__micro_batch=192, train__steps=1)
+session = t.new_session(folder / "s", spec)
+budget = usage().resident_bytes + (110 << 20)
+plan = t.Plan(budget, 0, 0, {{}}, t.Choice(192, "keep", True), 0.0, 0, 0, 0, 1)
+print(json.dumps(t.train(session, spec, plan, digits, "cpu", visits=None, blocks=[0, 1], on_report=lambda r: None,
+                         stop=lambda: False)))
+"""
 
 
 @pytest.mark.parametrize("micro_batch", [8, 3])

@@ -165,8 +165,13 @@ def located(spec: Spec) -> Spec:
     return replace(spec, data=replace(spec.data, source=source))
 
 
-def check_device(kind: str) -> None:
-    """Raises UsageError if this machine has no such device. Looks for no other: that may import torch, too early."""
+def check_device(kind: str, host: int | None = None) -> None:
+    """Raises UsageError if this machine has no such device, or if ``host``, a budget, is named and it has no memory of
+    its own. Looks for no other device: that may import torch, too early."""
+    if host is not None and kind in ("cpu", "emulated", "mps"):
+        raise UsageError(
+            "--host-memory is for a device with memory of its own", "Here --memory-budget is about the process."
+        )
     if kind in ("auto", "cpu", "emulated", os.environ.get(_DEVICE_THERE)):
         return
     import devices

@@ -51,7 +51,7 @@ def command(
       edgetrain run my.py:build s              # resume
       edgetrain run my.py:build s --memory-budget 350MiB --set train.batch_size=32 --set optimizer.lr=3e-4
     """
-    options.check_device(device)
+    options.check_device(device, host)
     from edgetrain.session import Session
     from edgetrain.stack import located
 

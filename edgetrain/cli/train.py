@@ -63,7 +63,7 @@ def command(
       edgetrain train s --blocks 0,2 --visits 4
       edgetrain train s --recipe vit-digits --memory-budget 200MiB --backend ort
     """
-    options.check_device(device)
+    options.check_device(device, host)
     kinds: dict[str, type[Torch | OnnxRuntime]] = {"torch": Torch, "ort": OnnxRuntime}
     way: Backend = kinds[backend](device, threads, activations)
     from edgetrain.recipe import parse_changes, resolve
