@@ -154,6 +154,7 @@ class Monitor(_Sampler):
     The callback runs in the monitor's thread (or in ``start``, if the budget is exceeded already). A peak
     shorter than ``poll_s`` can be missed: this sees file-backed pages grow, which no limit bounds, and does
     not replace the limit. Start it before ``limits.data_limit_for`` measures: its stack is data too.
+    ``relief`` comes before that, each above its own threshold.
     """
 
     def __init__(

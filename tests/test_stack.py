@@ -35,8 +35,8 @@ from edgetrain.spec import Spec
 from edgetrain.stack import Stack, load_stack, source_hash
 from edgetrain.stages import exact_stages
 from edgetrain.training import create
+from tests.cli.workplace import Workplace
 from tests.language_models import advance
-from tests.test_cli import Workplace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

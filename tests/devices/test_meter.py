@@ -84,7 +84,7 @@ def test_the_fast_reading_is_the_childs_own_after_a_fork() -> None:
     resident_bytes_fast()
     code = (
         "import mmap, os\n"
-        "from devices.meter import Relief, resident_bytes_fast\n"
+        "from devices.meter import resident_bytes_fast\n"
         "before, _ = resident_bytes_fast()\n"
         "if (pid := os.fork()) == 0:\n"
         "    memory = mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
