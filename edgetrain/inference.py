@@ -312,11 +312,12 @@ class LanguageModel:
         return logits
 
     @torch.no_grad()
-    def logits(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of every token (n, length) -> (n, length, vocab_size)."""
+    def logits(self, tokens: NDArray[np.int64], caches: Sequence[KeyValue] | None = None) -> NDArray[np.float32]:
+        """Of every token (n, length) -> (n, length, vocab_size). ``caches``, of each layer, keep what it sees."""
         boundary = self._enter(tokens, 0)
         for number, unit in enumerate(self.stages.layers):
-            boundary = self.network.layer(self._hold(unit, self.stages.layers[number + 1 :]), boundary)
+            module = self._hold(unit, self.stages.layers[number + 1 :])
+            boundary = self.network.layer(module, boundary, None if caches is None else caches[number])
         hidden = self.network.head(self._hold(self.stages.head), boundary, {})  # (n * length, width)
         logits = np.empty((len(hidden), self.spec.vocab_size), np.float32)
         for first_token, rows in self._output(self.stages.output):

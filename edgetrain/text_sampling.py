@@ -374,20 +374,39 @@ class TextModel(Batched):
 
     @torch.no_grad()
     def outputs(self, block: int, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """What an exported graph of a block, or of a model trained as a whole, computes: ``logits``, and by blocks of
-        next-token models ``denoised``. Given are input_ids (n, length) and, as the graph has them, t (n,), z (n,
-        length, width) and sigma (n,), or state (n, length, width)."""
+        """What an exported graph of a block, or of a model trained as a whole, computes: ``logits``, by blocks of
+        next-token models ``denoised``, and of ar the keys and values ``present.N.key`` and ``present.N.value``. Given
+        are input_ids (n, length) and, as the graph has them, t (n,), z (n, length, width) and sigma (n,), or state (n,
+        length, width)."""
         self.modules.load(block)
         tokens = given["input_ids"]
         if "t" in given:
             return {"logits": self._masked_logits(tokens, given["t"]).numpy()}
+        presents = self._keys_and_values(given) if self.model.family == "ar" else {}
         if self.spec.is_exact:
             batch = {"tokens": self._tensor(tokens)} | (
                 {"state": self._tensor(given["state"])} if "state" in given else {}
             )
-            return {"logits": self._whole_logits_of(batch).numpy()}
+            return {"logits": self._whole_logits_of(batch).numpy(), **presents}
         logits = self._denoiser(self._tensor(tokens))(self._tensor(given["z"]), self._tensor(given["sigma"]))
-        return {"logits": logits.numpy(), "denoised": (logits.softmax(-1) @ self.modules.rows).numpy()}
+        denoised = logits.softmax(-1) @ self.modules.rows
+        return {"logits": logits.numpy(), "denoised": denoised.numpy(), **presents}
+
+    def _keys_and_values(self, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
+        """Of the clean tokens, each (n, heads, length, head_dim), of the layers that are loaded."""
+        stem, tokens = self.modules.stem, self._tensor(given["input_ids"])
+        if self.spec.is_exact:
+            boundary = cast(TextNetwork, self.modules.network).enter(stem, {"tokens": tokens})
+        else:
+            inputs = network_input(self.spec, self.modules.rows, *map(self._tensor, (given["z"], given["sigma"])))
+            boundary = stem(tokens, *inputs)
+        clean, context = boundary.carried["clean"], boundary.context
+        constant = context["clean_condition"] if "clean_condition" in context else context["condition"]
+        found: dict[str, NDArray[np.float32]] = {}
+        for number, layer in enumerate(cast(Sequence[autoregressive.Layer], self.modules.layers)):
+            clean, (keys, values) = layer.clean(clean, constant)
+            found |= {f"present.{number}.key": keys.numpy(), f"present.{number}.value": values.numpy()}
+        return found
 
 
 class Context:

@@ -14,7 +14,7 @@ from edgetrain.stages import exact_stages, largest_block
 from exporters import parity
 from exporters.graph import Storage
 from exporters.language_runtime import LanguageRunner
-from exporters.manifest import Manifest, StackManifest, TrainingManifest, read
+from exporters.manifest import MODEL, Manifest, StackManifest, TrainingManifest, layer_file, read
 from exporters.runtime import import_onnxruntime, open_model
 from exporters.stack_runtime import StackRunner
 from exporters.text_runtime import TextRunner
@@ -104,14 +104,21 @@ def _language_rows(request: parity.Request, session: Session) -> list[dict[str, 
     parity.limit_memory(request.budget_bytes, runner.weights_bytes, touched)
     references = io.BytesIO(parity.read_all(request.descriptor))
     rows: dict[str, dict[str, Any]] = {}
-    file = "model.onnx" if runner.manifest.single_file else "all graphs"
+    is_single, storage = runner.manifest.single_file, runner.manifest.storage
     for tokens in parity.language_cases(session.spec):
-        reference, half = np.load(references, allow_pickle=False), tokens.shape[1] // 2
-        whole, _ = runner.run(tokens, runner.empty(len(tokens)))
+        half = tokens.shape[1] // 2
+        whole, presents = runner.run(tokens, runner.empty(len(tokens)))
         first, past = runner.run(tokens[:, :half], runner.empty(len(tokens)))
-        second, _ = runner.run(tokens[:, half:], past)
+        second, presents_by_parts = runner.run(tokens[:, half:], past)
+        reference = np.load(references, allow_pickle=False)
         for name, array in (("logits", whole), ("logits, by parts", np.concatenate([first, second], 1))):
-            _compared(rows, file, name, array, reference, runner.manifest.storage)
+            _compared(rows, MODEL if is_single else "all graphs", name, array, reference, storage)
+        for layer, pairs in enumerate(zip(presents, presents_by_parts, strict=True)):
+            file, prefix = (MODEL, f"present.{layer}") if is_single else (layer_file(layer), "present")
+            for kind, *found in zip(("key", "value"), *pairs, strict=True):
+                reference = np.load(references, allow_pickle=False)
+                for how, array in zip(("", ", by parts"), found, strict=True):
+                    _compared(rows, file, f"{prefix}.{kind}{how}", array, reference, storage)
     return list(rows.values())
 
 
@@ -125,7 +132,7 @@ def _text_rows(request: parity.Request, session: Session) -> list[dict[str, Any]
     parity.limit_memory(request.budget_bytes, runner.weights_bytes if is_single else block_bytes)
     references = io.BytesIO(parity.read_all(request.descriptor))
     rows: dict[str, dict[str, Any]] = {}
-    for _, number, inputs in parity.text_cases(session.spec, is_single):
+    for block, number, inputs in parity.text_cases(session.spec, is_single):
         tokens = inputs.pop("input_ids")
         if is_single and "t" in inputs:
             inputs["t"] = inputs["t"][:1]
@@ -134,7 +141,7 @@ def _text_rows(request: parity.Request, session: Session) -> list[dict[str, Any]
         found = [("", _read(runner, number, tokens, inputs))]
         if runner.manifest.layers[number]:
             found.append((", by parts", _read(runner, number, tokens, inputs, tokens.shape[1] // 2)))
-        for name in parity.text_outputs(session.spec, is_single):
+        for name in parity.text_outputs(session.spec, block, is_single):
             reference = np.load(references, allow_pickle=False)
             for how, outputs in found:
                 _compared(rows, runner.manifest.graphs[number], name + how, outputs[name], reference, storage)
@@ -153,8 +160,11 @@ def _read(
         given = {name: array[:, part] if array.ndim > 1 else array for name, array in more.items()}
         outputs, past = runner.read(number, tokens[:, part], past, given)
         parts.append(outputs)
-    names = [name for name in parts[0] if not name.startswith("present.")]
-    return {name: np.concatenate([one[name] for one in parts], 1) for name in names}
+    # What is present is so of all tokens, those of the first part included.
+    return {
+        name: parts[-1][name] if name.startswith("present.") else np.concatenate([one[name] for one in parts], 1)
+        for name in parts[0]
+    }
 
 
 def _compared(  # noqa: PLR0917

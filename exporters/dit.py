@@ -51,18 +51,17 @@ def chain(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
         sigma, a, b = (graph.op("Gather", one, number) for one in (sigmas, kept, gained))
         each = graph.op("Expand", sigma, graph.op("Shape", labels))
 
+        def is_before(block: int) -> str:
+            return graph.op("Less", number, graph.number(ends[block - 1]))
+
         def denoised(block: int) -> str:
-            def here() -> str:
-                with_class, without = (_Denoiser(graph, spec, block).run(z, each, one) for one in (labels, nobody))
-                more = graph.op("Mul", guidance, graph.op("Sub", with_class, without))
-                return graph.op("Add", without, more)
+            with_class, without = (_Denoiser(graph, spec, block).run(z, each, one) for one in (labels, nobody))
+            more = graph.op("Mul", guidance, graph.op("Sub", with_class, without))
+            return graph.op("Add", without, more)
 
-            if block == spec.num_blocks - 1:
-                return here()
-            owns = graph.op("Less", number, graph.number(ends[block]))
-            return graph.choose(owns, here, lambda: denoised(block + 1), "n", *shape)
-
-        return graph.op("Add", graph.op("Mul", a, z), graph.op("Mul", b, denoised(0)))
+        remains = graph.op("Mul", a, z)
+        target = graph.choose_owner(0, spec.num_blocks, is_before, denoised, "n", *shape)
+        return graph.op("Add", remains, graph.op("Mul", b, target))
 
     graph.result("images", graph.loop(graph.number(STEPS), z, step, "n", *shape), "n", *shape)
     return graph

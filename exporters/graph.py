@@ -259,6 +259,22 @@ class Graph:
         self._nodes.append(Node("If", [condition], [name], name, {}, bodies))
         return name
 
+    def choose_owner(
+        self, first: int, end: int, is_before: Callable[[int], str], way: Callable[[int], str], *dims: int | str
+    ) -> str:
+        """A float32 value of these dimensions by the one of the ways ``first`` to ``end - 1`` that ``is_before``, a
+        scalar condition for a number, says: whether the one to go is before it. By halves, since an If in an If in an
+        If ... is soon nested deeper than a file may be."""
+        if end - first == 1:
+            return way(first)
+        middle = (first + end) // 2
+        return self.choose(
+            is_before(middle),
+            lambda: self.choose_owner(first, middle, is_before, way, *dims),
+            lambda: self.choose_owner(middle, end, is_before, way, *dims),
+            *dims,
+        )
+
     def _aside(self, make: Callable[[], str]) -> tuple[list[Node], str]:
         """The nodes that ``make`` adds, which are not added here, and what it returns."""
         outer, self._nodes = self._nodes, []

@@ -7,6 +7,7 @@ with stage(session, to, single_file=False) as staged:
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -195,6 +196,7 @@ def _beside(to: Path, purpose: str) -> Path:
 def _scratch_folder(to: Path) -> Iterator[Path]:
     """An empty folder beside ``to``, deleted at the end if it is still there. One left by a kill is swept up."""
     folder = _beside(to, "partial")
+    made = [one for one in to.parents if not one.exists()]
     with disk.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -218,6 +220,9 @@ def _scratch_folder(to: Path) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
+        with contextlib.suppress(OSError):  # the first that holds something
+            for parent in made:
+                parent.rmdir()
 
 
 def _emit(session: Session, folder: Path, single_file: bool, storage: Storage, merge: bool) -> None:
@@ -269,8 +274,8 @@ def _emit_language(  # noqa: PLR0917
         table = places[language.table_of(model)]
         row_bytes = table.length // model.vocab_size
         places[name] = External(table.location, table.offset + first * row_bytes, rows * row_bytes)
+    files |= _copied_tokenizer(session, folder)  # before onnx and its checker are in memory
     _write_graphs(session, graphs, folder, digest, places, files)
-    files |= _copied_tokenizer(session, folder)
     LanguageManifest(
         family=model.family, digest=digest, single_file=single_file, num_chunks=len(chunks),
         vocab_size=model.vocab_size, max_length=model.max_length, depth=model.depth, kv_heads=model.kv_heads,
@@ -293,8 +298,8 @@ def _emit_text(  # noqa: PLR0917
         used[Stored(CODEBOOK, weights.shapes[CODEBOOK])] = None  # the host knows by it what noisy tokens are
     out, places = write_safetensors(folder / (MODEL_DATA if single_file else WEIGHTS), weights, used)
     files[out.name] = FileRecord(out.num_bytes, out.sha256)
+    files |= _copied_tokenizer(session, folder)  # before onnx and its checker are in memory
     _write_graphs(session, graphs, folder, digest, places, files)
-    files |= _copied_tokenizer(session, folder)
     layers = [len(spec.layers_of(i)) if text.is_cached(spec) else 0 for i in range(1 if single_file else num_blocks)]
     if single_file and text.is_cached(spec):
         told = read_object(folder, CONFIG) if CONFIG in files else {}

@@ -281,10 +281,12 @@ def text_cases(spec: Spec, single_file: bool) -> Iterator[tuple[int, int, dict[s
             yield block, 0 if single_file else block, inputs
 
 
-def text_outputs(spec: Spec, single_file: bool) -> tuple[str, ...]:
-    """The names of what is compared of it."""
+def text_outputs(spec: Spec, block: int, single_file: bool) -> tuple[str, ...]:
+    """The names of what is compared of a block of it."""
     denoises = not (single_file or spec.is_exact or spec.model.family == "masked")
-    return ("logits", "denoised") if denoises else ("logits",)
+    layers = len(spec.layers_of(block)) if spec.model.family == "ar" else 0
+    presents = [f"present.{number}.{name}" for number in range(layers) for name in ("key", "value")]
+    return ("logits", *(["denoised"] if denoises else []), *presents)
 
 
 def outputs(spec: Spec, single_file: bool) -> tuple[str, ...]:

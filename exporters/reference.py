@@ -220,12 +220,19 @@ def _language(session: Session, outputs: io.BytesIO, budget_bytes: int | None) -
     """The logits of a language model, one layer in memory at a time."""
     import devices
     from edgetrain.inference import LanguageModel, SessionWeights
+    from edgetrain.models.attention import KeyValue
 
     model = LanguageModel(SessionWeights(session), devices.open_device("cpu"))
     model.warm_up()
     parity.limit_memory(budget_bytes)
+    language = session.spec.language
     for tokens in parity.language_cases(session.spec):
-        np.save(outputs, model.logits(tokens))
+        n, length = tokens.shape
+        caches = [KeyValue(n, language.kv_heads, length, language.head_dim) for _ in range(language.depth)]
+        np.save(outputs, model.logits(tokens, caches))
+        for cache in caches:
+            np.save(outputs, cache.keys.numpy())
+            np.save(outputs, cache.values.numpy())
 
 
 def _text(session: Session, single_file: bool, outputs: io.BytesIO, budget_bytes: int | None) -> None:
@@ -238,7 +245,7 @@ def _text(session: Session, single_file: bool, outputs: io.BytesIO, budget_bytes
     parity.limit_memory(budget_bytes)
     for block, _, inputs in parity.text_cases(session.spec, single_file):
         computed = model.outputs(block, inputs)
-        for name in parity.text_outputs(session.spec, single_file):
+        for name in parity.text_outputs(session.spec, block, single_file):
             np.save(outputs, computed[name])
 
 

@@ -82,17 +82,15 @@ def _all_masked(graph: Graph, spec: Spec) -> None:
     for one in blocks:
         one.measure(ids)
 
-    def owner(block: int) -> str:
-        text = blocks[block]
-        if block == spec.num_blocks - 1:
-            return text.unmask(ids, t)
-        low = graph.floats([masking_band(spec.num_blocks, block)[0]])
-        above = graph.op("Squeeze", graph.op("Greater", t, low), graph.ints(0))
-        return graph.choose(
-            above, lambda: text.unmask(ids, t), lambda: owner(block + 1), *text.logits_dims
-        )  # fmt: skip
+    def is_before(block: int) -> str:
+        low = graph.floats([masking_band(spec.num_blocks, block - 1)[0]])
+        return graph.op("Squeeze", graph.op("Greater", t, low), graph.ints(0))
 
-    graph.result("logits", owner(0), *blocks[0].logits_dims)
+    def unmask(block: int) -> str:
+        return blocks[block].unmask(ids, t)
+
+    dims = blocks[0].logits_dims
+    graph.result("logits", graph.choose_owner(0, spec.num_blocks, is_before, unmask, *dims), *dims)
 
 
 def _whole_ar(graph: Graph, spec: Spec, block: int) -> None:

@@ -12,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from edgetrain.noise import euler_coefficients
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
-from exporters.graph import Graph, Storage
+from exporters.graph import BATCH, Graph, Storage
 from exporters.noised import NoisedRows, clean_condition, embedded_noise, silu
+
+UNROLLED = 8
+"""As many steps of a chain are one after the other in its graph."""
 
 _EPS = 1e-6  # of layer norm
 
@@ -42,23 +45,41 @@ def denoiser(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") 
 
 
 def chain(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
-    """As many Euler steps as blocks, unrolled: images (n, C, H, W), unit normal noise (n, width) -> logits of the
-    last step and of the first, which is at sigma_max, each (n, classes)."""
+    """As many Euler steps as blocks: images (n, C, H, W), unit normal noise (n, width) -> logits of the last step and
+    of the first, which is at sigma_max, each (n, classes). Up to ``UNROLLED`` steps follow each other; of more those in
+    between are a Loop, in which an If runs the block that owns the step."""
     graph, width, classes = Graph("chain", shapes, storage), spec.image_model.width, spec.image_model.num_classes
     images, noise = graph.input("images", *spec.image_model.image_shape), graph.input("noise", width)
-    schedule = spec.diffusion_blocks.noise
-    grid = schedule.grid(spec.num_blocks)
-    z = graph.op("Mul", noise, graph.floats(math.sqrt(1 + schedule.sigma_max**2)))
-    readouts = []
-    for step, (sigma, block) in enumerate(grid):
-        with graph.scope(f"step{step:02d}"):
+    schedule, last = spec.diffusion_blocks.noise, spec.num_blocks - 1
+    grid = [*schedule.grid(spec.num_blocks), (0.0, -1)]
+
+    def step(number: int, z: str) -> tuple[str, str]:
+        """(logits, the z of the next step)"""
+        (sigma, block), (following, _) = grid[number : number + 2]
+        with graph.scope(f"step{number:02d}"):
             logits, denoised = _Block(graph, spec, block).run(images, z, graph.floats([sigma]))
-            readouts.append(logits)
-            a, b = euler_coefficients(sigma, grid[step + 1][0] if step + 1 < len(grid) else 0.0)
+            a, b = euler_coefficients(sigma, following)
             kept, gained = graph.op("Mul", z, graph.floats(a)), graph.op("Mul", denoised, graph.floats(b))
-            z = graph.op("Add", kept, gained)
-    graph.output("logits", readouts[-1], classes)
-    graph.output("sigma_max_logits", readouts[0], classes)
+            return logits, graph.op("Add", kept, gained)
+
+    def one_of_many(z: str, number: str) -> str:
+        """Step ``1 + number``."""
+
+        def is_before(following: int) -> str:
+            return graph.op("Less", number, graph.number(following - 1))
+
+        return graph.choose_owner(1, last, is_before, lambda own: step(own, z)[1], BATCH, width)
+
+    z = graph.op("Mul", noise, graph.floats(math.sqrt(1 + schedule.sigma_max**2)))
+    sigma_max_logits, z = step(0, z)
+    if spec.num_blocks > UNROLLED:
+        z = graph.loop(graph.number(last - 1), z, one_of_many, BATCH, width)
+    else:
+        for number in range(1, last):
+            _, z = step(number, z)
+    logits = step(last, z)[0] if last else sigma_max_logits
+    graph.output("logits", logits, classes)
+    graph.output("sigma_max_logits", sigma_max_logits, classes)
     return graph
 
 

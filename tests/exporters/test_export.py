@@ -19,6 +19,7 @@ from exporters.manifest import Manifest, block_file
 from exporters.onnx import stage
 from exporters.reference import Model
 from exporters.runtime import Predictor, open_model
+from exporters.vit import UNROLLED
 from tests.exporters.common import VARIANTS, export, make_session, random_weights, run_python, shapes_of, small_spec
 
 RTOL, ATOL = 1e-4, 1e-5
@@ -80,6 +81,21 @@ def test_single_file_is_the_chain(session: Session, tmp_path: Path) -> None:
         one, other = (Predictor(folder).predict(images[3], 40, draws=draws) for folder in (blocks, single))
         np.testing.assert_allclose(one.probabilities, other.probabilities, 1e-5, 2e-6)
         np.testing.assert_allclose(one.sigma_max_probabilities, other.sigma_max_probabilities, 1e-5, 2e-6)
+
+
+def test_a_long_chain_is_a_loop(tmp_path: Path) -> None:
+    """Beyond eight steps a Loop runs those between the first and the last, and an If in it the block that owns one."""
+    depth = UNROLLED + 3
+    session = make_session(tmp_path / "s", small_spec({"model.depth": depth, "diffusion_blocks.num_blocks": depth}))
+    folder = export(session, tmp_path / "e", single_file=True)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    assert [node.op_type for node in onnx.load(folder / "model.onnx").graph.node].count("Loop") == 1
+    model, generator = open_model(folder / "model.onnx", 1), np.random.default_rng(0)
+    images = [inputs(session, count)["images"] for count in (1, 5)]
+    noise = [generator.standard_normal((len(one), session.spec.model.width), np.float32) for one in images]
+    for i, expected in enumerate(Model(session).chain(images, noise)):
+        for got, wanted in zip(model.run(None, {"images": images[i], "noise": noise[i]}), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, RTOL, ATOL)
 
 
 def test_models_are_valid_and_described(session: Session, tmp_path: Path) -> None:
@@ -171,16 +187,18 @@ def test_only_an_earlier_export_is_replaced(small: Session, tmp_path: Path) -> N
 
 
 def test_what_is_not_published_is_deleted(small: Session, tmp_path: Path) -> None:
-    to = tmp_path / "out" / "e"
+    """Folders that were made for it are as well; those that were there stay."""
+    to = tmp_path / "there" / "out" / "e"
+    (tmp_path / "there").mkdir()
     with pytest.raises(RuntimeError, match="on purpose"), stage(small, to, False) as staged:
         assert staged.folder.is_dir()
         with pytest.raises(SessionLocked), stage(small, to, False):
             pass
         assert staged.folder.is_dir()
         raise RuntimeError("on purpose")
-    assert not any(to.parent.iterdir())
+    assert not any((tmp_path / "there").iterdir())
     left = to.with_name(f".{to.name}.partial")
-    left.mkdir()
+    left.mkdir(parents=True)
     (left / "weights.safetensors").touch()
     export(small, to)
     assert [path.name for path in to.parent.iterdir()] == ["e"]

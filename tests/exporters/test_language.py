@@ -18,7 +18,7 @@ from edgetrain.vocabulary import put_tokenizer
 from exporters import hf_session, language_runtime, parity
 from exporters import onnx as emitter
 from exporters.language_runtime import LanguageContext, LanguageRunner
-from exporters.manifest import MANIFEST, MODEL, MODEL_DATA, WEIGHTS, LanguageManifest, Manifest
+from exporters.manifest import MANIFEST, MODEL, MODEL_DATA, WEIGHTS, LanguageManifest, Manifest, layer_file
 from exporters.onnx import stage
 from tests.exporters.test_hf_session import trained
 from tests.test_importing import MODELS, cut_small, imported, run_cli, save_model, transformers
@@ -178,7 +178,11 @@ def test_parity_is_written_and_failing_leaves_nothing(with_reference, monkeypatc
     with stage(session, to, False) as staged:
         rows = parity.check(session.path, staged.folder, made, None)
         staged.publish()
-    assert [row["output"] for row in rows] == ["logits", "logits, by parts"]
+    kinds = [kind + how for kind in ("present.key", "present.value") for how in ("", ", by parts")]
+    assert [(row["file"], row["output"]) for row in rows] == [
+        *(("all graphs", "logits" + how) for how in ("", ", by parts")),
+        *((layer_file(number), kind) for number in range(session.spec.language.depth) for kind in kinds),
+    ]
     assert all(row["passed"] and row["batch_sizes"] == [1, 3] for row in rows)
     assert json.loads((to / parity.PARITY).read_text())["outputs"] == rows
 
