@@ -121,7 +121,7 @@ class BlockTrainer(Trainer):
             transaction = settle()
             if norm > self.spec.optimizer.clip:
                 gradient.mul_(self.spec.optimizer.clip / norm)
-            settings = block_settings(self.session, self.block.index, progress, self.family.decays)
+            settings = block_settings(self.session, self.block.index, progress)
             self.resident.update(self.optimizer, transaction.read, transaction.write, settings)
         lr = learning_rate(self.spec.optimizer, step, self.spec.train.steps)
         good = loss if math.isfinite(norm) else None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edgetrain.parameters import decays
 from edgetrain.randomness import Stream
 from edgetrain.session import BlockProgress, Session
 from edgetrain.spec import OptimizerSpec
@@ -40,14 +41,9 @@ Settings = Callable[[Stage, TensorSpec], Update]
 """How a parameter is updated, by its stage and name."""
 
 
-def block_settings(
-    session: Session, block: int, progress: BlockProgress, decays: Callable[[str, tuple[int, ...]], bool]
-) -> Settings:
+def block_settings(session: Session, block: int, progress: BlockProgress) -> Settings:
     """How each parameter is updated in the step of a block after ``progress``: a private or only block's own step
-    decides, for a stage that several blocks share the progress of all of them.
-
-    ``decays``: whether weight decay applies to a parameter, by its name and shape.
-    """
+    decides, for a stage that several blocks share the progress of all of them."""
     spec = session.spec
     total = spec.train.steps
     own_lr = learning_rate(spec.optimizer, progress.step, total)
@@ -57,7 +53,7 @@ def block_settings(
     all_updates = sum(p.updates for p in everywhere)
 
     def settings(stage: Stage, tensor: TensorSpec) -> Update:
-        is_decayed = decays(tensor.name, tensor.shape)
+        is_decayed = decays(tensor.name)
         if stage.sharing == "shared":
             return Update(all_lr, all_updates + 1, is_decayed)
         return Update(own_lr, progress.updates + 1, is_decayed)

@@ -63,21 +63,19 @@ def next_visit(spec: Spec, steps_done: Sequence[int], blocks: Sequence[int]) -> 
     return block, min(length - steps_done[block] % length, total - steps_done[block])
 
 
-def create(  # noqa: PLR0917
+def create(
     path: Path,
     spec: Spec,
     probe: Probe | StreamedProbe,
     class_names: Sequence[str] = (),
     dataset: Any = None,
-    initialise: Callable[[str, str, Any], Any] | None = None,
 ) -> Session:
     """A new session with its initial weights: a pure function of the spec, and of a stack's own initialisation.
 
     Args:
         dataset: a stack that is no function in a file.
-        initialise: (kind of stage, name, unit normals) -> a tensor's values; None: by the family, with torch.
     """
-    from edgetrain.parameters import codebook_rows
+    from edgetrain.parameters import codebook_rows, initial_values
     from edgetrain.randomness import Purpose, Stream, normal_part
     from edgetrain.vocabulary import put_tokenizer
 
@@ -86,10 +84,6 @@ def create(  # noqa: PLR0917
 
         stack = StackNetwork(spec, dataset)
         return Session.create(path, spec, stack.shapes, stack.initial, class_names)
-    if initialise is None:
-        from edgetrain.models import build_family, build_network
-
-        initialise = (build_network(spec, None) if spec.is_exact else build_family(spec)).initialise
 
     def initial(stage: Stage, tensor: TensorSpec) -> Iterator[Any]:
         names = sorted(probe.shapes[stage.kind])
@@ -106,7 +100,7 @@ def create(  # noqa: PLR0917
             if is_codebook:
                 yield codebook_rows(normals, orthogonal=not first)
             else:
-                yield initialise(stage.kind, tensor.name, normals)
+                yield initial_values(spec, tensor.name, normals)
 
     def prepare() -> None:
         if isinstance(spec.model, TextModelSpec):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgetrain.session import Session
-from edgetrain.spec import LanguageModelSpec, TextModelSpec
+from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec
 from edgetrain.stages import exact_stages, largest_block
 from exporters import parity
 from exporters.graph import Storage
@@ -24,16 +25,15 @@ Floats = NDArray[np.float32]
 
 def run(request: parity.Request) -> dict[str, Any]:
     """The rows that ``parity.check`` returns."""
-    session = Session.open(request.session_path)
-    if isinstance(session.spec.model, LanguageModelSpec):
-        return {"rows": _language_rows(request, session)}
-    if isinstance(session.spec.model, TextModelSpec):
-        return {"rows": _text_rows(request, session)}
-    made = read(request.export_path)
+    session, made = Session.open(request.session_path), read(request.export_path)
     if isinstance(made, TrainingManifest):
         return {"rows": _loss_rows(request, session)}
     if isinstance(made, StackManifest):
         return {"rows": _stack_rows(request, made)}
+    if isinstance(session.spec.model, LanguageModelSpec):
+        return {"rows": _language_rows(request, session)}
+    if isinstance(session.spec.model, TextModelSpec):
+        return {"rows": _text_rows(request, session)}
     manifest = Manifest.read(request.export_path)
     layouts = [] if manifest.single_file else largest_block(session.spec, session.shapes)
     import_onnxruntime()
@@ -74,23 +74,56 @@ def _loss_rows(request: parity.Request, session: Session) -> list[dict[str, Any]
     """The loss of each block as the training API computes it from the checkpoint, all of whose files it has loaded."""
     from exporters.ort_artifacts import Trained
 
+    spec = session.spec
     references = io.BytesIO(parity.read_all(request.descriptor))
     rows: dict[str, dict[str, Any]] = {}
-    opened, trained = "", None
-    for file, count, inputs in parity.cases(session.spec, False):
-        if opened != file:
+    opened, trained = -1, None
+    for block, names, inputs in _cases_of_loss(spec):
+        if opened != block:
             trained = None  # before the next one is loaded
-            opened, trained = file, Trained(request.export_path, int(file.removeprefix("block")[:2]))
-        logits, _ = (np.load(references, allow_pickle=False) for _ in range(2))
-        labels = np.arange(count) % logits.shape[1]
-        # Computed in float64 of torch's logits.
-        largest = logits.max(1).astype(np.float64)
-        nats = np.log(np.exp(logits - largest[:, None]).sum(1)) + largest - logits[np.arange(count), labels]
-        expected = np.array([nats.sum() / session.spec.train.batch_size], np.float32)
+            opened, trained = block, Trained(request.export_path, block)
+        outputs = {name: np.load(references, allow_pickle=False) for name in names}
+        targets, expected = _loss_of(spec, inputs, outputs)
         assert trained is not None
-        found = np.array([trained.loss(inputs | {"labels": labels})], np.float32)
-        _compared(rows, f"{file.removesuffix('.onnx')}.*", "loss", found, expected, "fp32", count)
+        found = np.array([trained.loss(inputs | targets)], np.float32)
+        count = len(next(iter(inputs.values())))
+        _compared(rows, f"block{block:02d}.*", "loss", found, np.array([expected], np.float32), "fp32", count)
     return list(rows.values())
+
+
+def _cases_of_loss(spec: Spec) -> Iterator[tuple[int, Sequence[str], dict[str, NDArray[Any]]]]:
+    """(block, what torch left of it, inputs by name) of everything that is compared."""
+    if isinstance(spec.model, TextModelSpec):
+        for block, _, inputs in parity.text_cases(spec, False):
+            yield block, parity.text_outputs(spec, block, False), inputs
+    else:
+        for file, _, inputs in parity.cases(spec, False):
+            yield int(file.removeprefix("block")[:2]), parity.outputs(spec, False), inputs
+
+
+def _loss_of(
+    spec: Spec, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, Floats]
+) -> tuple[dict[str, NDArray[Any]], float]:
+    """Some targets, by name, and the loss of what torch computed, in float64."""
+    if spec.model.family == "dit":
+        images = inputs["z"] / np.float32(2)
+        sigma = inputs["sigma"].astype(np.float64)
+        weight = (sigma**2 + spec.sigma_data**2) / (sigma * spec.sigma_data) ** 2
+        error = ((outputs["denoised"].astype(np.float64) - images) ** 2).mean((1, 2, 3))
+        return {"images": images}, float((weight * error).sum() / spec.train.batch_size)
+    logits = outputs["logits"].astype(np.float64)
+    if isinstance(spec.model, TextModelSpec):
+        targets = np.minimum(inputs["input_ids"], spec.model.vocab_size - 1)
+        weights = np.full(targets.shape, 1 / targets.size, np.float32)
+        given: dict[str, NDArray[Any]] = {"targets": targets, "weights": weights}
+    else:
+        targets = np.arange(len(logits)) % logits.shape[1]
+        weights = np.full(targets.shape, 1 / spec.train.batch_size, np.float32)
+        given = {"labels": targets}
+    largest = logits.max(-1)
+    nats = np.log(np.exp(logits - largest[..., None]).sum(-1)) + largest
+    nats -= np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return given, float((nats * weights).sum())
 
 
 def _language_rows(request: parity.Request, session: Session) -> list[dict[str, Any]]:

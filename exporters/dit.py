@@ -27,6 +27,22 @@ def denoiser(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") 
     return graph
 
 
+def loss(spec: Spec, block: int, shapes: Shapes) -> Graph:
+    """What training a block makes small, to be differentiated: z (n, C, H, W), sigma (n,), labels (n,) int64, the
+    images without noise (n, C, H, W) and all weights -> "loss", a scalar: EDM's weighted square error of a pixel, the
+    sum over the examples over the whole batch size."""
+    graph, shape = Graph(f"loss{block:02d}", shapes, trains=True), spec.image_model.image_shape
+    z, sigma, labels = graph.input("z", *shape), graph.input("sigma"), graph.tensor("labels", "int64", "n")
+    off = graph.op("Sub", _Denoiser(graph, spec, block).run(z, sigma, labels), graph.input("images", *shape))
+    error = graph.op("ReduceMean", graph.op("Mul", off, off), graph.ints(1, 2, 3), keepdims=0)  # (n,)
+    squares, both = graph.op("Mul", sigma, sigma), graph.op("Mul", sigma, graph.floats(spec.sigma_data))
+    total = graph.op("Add", squares, graph.floats(spec.sigma_data**2))
+    weighted = graph.op("Mul", graph.op("Div", total, graph.op("Mul", both, both)), error)
+    summed = graph.op("ReduceSum", weighted, keepdims=0)
+    graph.result("loss", graph.op("Mul", summed, graph.floats(1 / spec.train.batch_size)))
+    return graph
+
+
 def chain(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
     """All of a generation in one graph: unit normal noise (n, C, H, W), labels (n,) int64 and a scalar guidance ->
     images (n, C, H, W), about in [-1, 1], by ``STEPS`` Euler steps in a Loop, each by the block that owns its noise
@@ -84,7 +100,7 @@ class _Denoiser(Transformer):
             tokens, _ = self._layer(layer, tokens, model.num_patches, condition)
         with g.scope(self.head):
             modulation = g.op("Unsqueeze", g.linear(condition, f"{self.head}.modulation"), g.ints(1))
-            shift, scale = g.split(modulation, 2, 2)
+            shift, scale = g.split(modulation, 2, 2, model.width)
             pixels = g.linear(self._modulate(tokens, shift, scale), f"{self.head}.readout", model.num_patches)
             channels, height, width = model.image_shape
             p = model.patch

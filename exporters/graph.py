@@ -173,9 +173,11 @@ class Graph:
             return self.op("Gelu", x, approximate="tanh")
         return self.op("FastGelu", x, domain=MICROSOFT)  # the gradient of Gelu is that by the error function
 
-    def cross_entropy(self, logits: str, labels: str) -> str:
-        """The sum over the examples, a scalar."""
-        return self._add("SoftmaxCrossEntropyLoss", [logits, labels], 2, {"reduction": "sum"})[0]
+    def cross_entropy(self, logits: str, labels: str, weights: str = "") -> str:
+        """The sum over the examples, a scalar: logits (n, classes), labels (n,), and what each counts, (n,)."""
+        how = {"reduction": "none" if weights else "sum"}
+        each = self._add("SoftmaxCrossEntropyLoss", [logits, labels], 2, how)[0]
+        return self.op("ReduceSum", self.op("Mul", each, weights), keepdims=0) if weights else each
 
     def rows(self, table: str, ids: str) -> str:
         """Rows of a table (n, width), float32."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgetrain import __version__
 from edgetrain.session import Session
 from edgetrain.stages import stages_of_block
-from exporters import ort_training, vit
+from exporters import ort_training
 from exporters.graph import IR_VERSION, Stored
 from exporters.manifest import FileRecord, TrainingManifest, artifact_files
 from exporters.runtime import import_onnxruntime
@@ -57,7 +57,7 @@ def emit(session: Session, folder: Path, digest: str) -> None:
 def _generate(session: Session, weights: Weights, block: int, folder: Path) -> None:
     spec = session.spec
     trained = tuple(f"{stage.name}." for stage in stages_of_block(spec, block) if stage.trained)
-    graph = vit.loss(spec, block, weights.shapes)
+    graph = ort_training.loss_graph(spec, block, weights.shapes)
     names = [one.name for one in graph.weights()]
     model = graph.model({"digest": session.store.digest()}, __version__, {})
     _hold(model, weights, names)

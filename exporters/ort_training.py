@@ -1,4 +1,4 @@
-"""Blocks of a classifier trained by ONNX Runtime, on the session, draws and counters of torch's training, without it.
+"""Blocks trained by ONNX Runtime, on the session, draws and counters of torch's training, without it.
 
 The graph of the loss is emitted as for an export, onnxruntime-training adds its gradient (GradientGraphBuilder), and
 one InferenceSession computes both; weights are inputs, views of flat buffers, and AdamW works on these in place.
@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from devices import limits, meter
 from edgetrain.engine import Settle, SmallerMicroBatch, Step, Trainer, halved
 from edgetrain.errors import BudgetInfeasible, UsageError
-from edgetrain.parameters import decays
 from edgetrain.plan import MARGIN_BYTES, MARGIN_OF_ACTIVATIONS, Choice, Plan, session_bytes
 from edgetrain.schedule import Update, block_settings, learning_rate
 from edgetrain.session import BlockProgress, Session
-from edgetrain.spec import ModelSpec, OptimizerSpec, Spec
+from edgetrain.spec import ModelSpec, OptimizerSpec, Spec, TextModelSpec
 from edgetrain.stages import Shapes, Stage, largest_block, stages_of_block
 from edgetrain.store import Transaction
 from edgetrain.store.layout import StageLayout, TensorSpec
-from edgetrain.training_data import Batches, draw_labels
+from edgetrain.training_data import block_draws, guess
 from edgetrain.units import format_bytes
-from exporters import vit
+from exporters import dit, text, vit
+from exporters.graph import Graph
 from exporters.runtime import import_onnxruntime, model_errors, session_options
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ _REPORT = "Leave --backend out, and please report this."
 def check(spec: Spec) -> None:
     """Whether there is a way to train this: UsageError otherwise."""
     method = spec.diffusion_blocks
-    if not isinstance(spec.model, ModelSpec) or spec.model.family != "vit" or spec.is_exact:
-        raise UsageError("ONNX Runtime trains classifiers by diffusion_blocks", "Leave --backend out.")
-    if method.codebook != "frozen" or method.auxiliary:
+    if not isinstance(spec.model, (ModelSpec, TextModelSpec)) or spec.is_exact:
+        raise UsageError("ONNX Runtime trains by diffusion_blocks alone", "Leave --backend out.")
+    if (spec.codebook_rows and method.codebook != "frozen") or method.auxiliary:
         raise UsageError(
             "ONNX Runtime trains neither a codebook nor by an auxiliary loss",
             "Set diffusion_blocks.codebook=frozen and diffusion_blocks.auxiliary=0, or leave --backend out.",
@@ -67,6 +67,25 @@ def _builder() -> Any:
     import_onnxruntime()
     state = sys.modules["onnxruntime.capi._pybind_state"]
     return getattr(state, "GradientGraphBuilder", None)
+
+
+def loss_graph(spec: Spec, block: int, shapes: Mapping[str, Sequence[int]]) -> Graph:
+    """What training a block of the spec's family makes small."""
+    makers = {"vit": vit.loss, "dit": dit.loss}
+    return makers.get(spec.model.family, text.loss)(spec, block, shapes)
+
+
+def inputs_of_loss(spec: Spec, draw: Mapping[str, NDArray[Any]], rows: Floats | None) -> dict[str, NDArray[Any]]:
+    """What that graph takes of a ``Draw``, by name. ``rows``: of the codebook (classes, width), where there is one."""
+    given = {"input_ids" if name == "tokens" else name: array for name, array in draw.items()}
+    if "eps" in draw:
+        if rows is None:
+            target = draw["images"]
+        else:
+            unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
+            target = unit[draw["targets"] if "targets" in draw else draw["labels"]]
+        given["z"] = target + draw["sigma"].reshape(-1, *[1] * (target.ndim - 1)) * draw["eps"]
+    return given
 
 
 @dataclass(frozen=True)
@@ -132,7 +151,7 @@ class BlockMath:
         shapes = {
             f"{stage.name}.{name}": tuple(shape) for stage in stages for name, shape in self.shapes[stage.kind].items()
         }
-        graph = vit.loss(self.spec, block, shapes)
+        graph = loss_graph(self.spec, block, shapes)
         trained = tuple(f"{stage.name}." for stage in stages if stage.trained)
         wanted = {one.name for one in graph.weights() if one.name.startswith(trained)}
         model = graph.model({}, "", {}).SerializeToString()
@@ -161,20 +180,14 @@ class BlockMath:
         return self._trained["gradient"][:end].view(np.float32)
 
     def run(self, draw: Mapping[str, NDArray[Any]]) -> float:
-        """The loss of some examples, as ``draw_labels`` has them; adds its gradients to the buffer."""
+        """The loss of some examples, as ``block_draws`` has them; adds its gradients to the buffer."""
         weights = {
             f"{member.stage.name}.{tensor.name}": self.view("weight", member, tensor)
             for member in self.members
             for tensor in member.layout.tensors
         }
-        rows = next(self.view("", one, one.layout.tensors[0]) for one in self.members if one.stage.kind == _CODEBOOK)
-        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
-        given = {
-            "images": draw["images"],
-            "z": unit[draw["labels"]] + draw["sigma"][:, None] * draw["eps"],
-            "sigma": draw["sigma"],
-            "labels": draw["labels"],
-        }
+        codebooks = (self.view("", one, one.layout.tensors[0]) for one in self.members if one.stage.kind == _CODEBOOK)
+        given = inputs_of_loss(self.spec, draw, next(codebooks, None))
         assert self._session is not None
         session = self._session[1]
         feeds = {
@@ -198,23 +211,27 @@ class BlockMath:
     # ---------------------------------------------------------------------------------------------------------- plan
 
     def plan(self, budget_bytes: int, micro_batch: int) -> Plan:
-        """What training takes, measured here with weights of zero: a step of 1, 2 and 4 examples.
+        """What training takes, measured here with weights of zero: steps of 1, 2, 4 ... examples, as many as fit.
 
         Args:
-            micro_batch: 0 to choose the largest that fits; else the session's, or a smaller one if that does not fit.
+            micro_batch: 0 to choose the largest that fits.
 
         Raises:
-            BudgetInfeasible: one example at a time does not fit.
+            BudgetInfeasible: so many, or one example at a time, do not fit.
         """
         batch_size = self.spec.train.batch_size
         self._touch()
         idle = meter.usage().resident_bytes
-        sizes = [n for n in (1, 2, 4) if n <= batch_size]
-        peaks, seconds = zip(*(self._measured(n) for n in sizes), strict=True)
-        slope = max(0.0, (peaks[-1] - peaks[0]) / (sizes[-1] - sizes[0])) if len(sizes) > 1 else 0.0
+        sizes, taken, seconds = [1], *([one] for one in self._measured(1, idle))
+        # Few examples find room in what is there: the slope is that of the largest two that were measured.
+        while 2 * sizes[-1] <= (micro_batch or batch_size) and idle + 2 * taken[-1] < budget_bytes - MARGIN_BYTES:
+            sizes.append(2 * sizes[-1])
+            for known, one in zip((taken, seconds), self._measured(sizes[-1], idle), strict=True):
+                known.append(max(known[-1], one))
+        slope = (taken[-1] - taken[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else taken[0]
 
         def owners(count: int) -> dict[str, int]:
-            step = max(0.0, peaks[0] - idle) + slope * (count - 1)
+            step = np.interp(count, sizes, taken) + slope * max(0, count - sizes[-1])
             return {
                 "runtime": idle - self.buffer_bytes + _LATER_BYTES,
                 "weights, gradients, moments": self.buffer_bytes,
@@ -225,20 +242,21 @@ class BlockMath:
             return sum(owners(count).values()) + MARGIN_BYTES
 
         count = micro_batch or batch_size
-        while count > 1 and needed(count) > budget_bytes:
+        while not micro_batch and count > 1 and needed(count) > budget_bytes:
             count = (count + 1) // 2
         if needed(count) > budget_bytes:
-            largest = max(owners(1), key=lambda name: owners(1)[name])
+            largest = max(owners(count), key=lambda name: owners(count)[name])
+            fewer = "train.micro_batch=1" if count > 1 else "diffusion_blocks.num_blocks=..., more of them"
             raise BudgetInfeasible(
-                f"the least this training can do with is {format_bytes(needed(1))}, over the budget of "
-                f"{format_bytes(budget_bytes)}; {largest} takes {format_bytes(owners(1)[largest])}",
-                f"Set --memory-budget {-(-needed(1) >> 20)}MiB, or more blocks: --set diffusion_blocks.num_blocks=...",
+                f"the least this training can do with is {format_bytes(needed(count))}, over the budget of "
+                f"{format_bytes(budget_bytes)}; {largest} takes {format_bytes(owners(count)[largest])}",
+                f"Set --memory-budget {-(-needed(count) >> 20)}MiB, or --set {fewer}.",
             )
         trained = sum(member.nbytes for member in self.members if member.stage.trained)
         return Plan(
             budget_bytes=budget_bytes,
             peak_bytes=sum(owners(count).values()),
-            smallest_budget_bytes=needed(1),
+            smallest_budget_bytes=needed(micro_batch or 1),
             owners=owners(count),
             choice=Choice(count, "keep", True),
             step_s=seconds[-1] / sizes[-1] * batch_size,
@@ -248,25 +266,27 @@ class BlockMath:
             num_threads=self._num_threads,
         )
 
+    def _zeros(self, stage: int, step: int, first: int, count: int) -> tuple[NDArray[Any], ...]:
+        """In place of ``training_batches``."""
+        if not isinstance(self.spec.model, TextModelSpec):
+            shape = (count, *self.spec.image_model.image_shape)
+            return np.zeros(shape, np.float32), np.zeros(count, np.int64)
+        ids = np.zeros((count, self.spec.text.length), np.int64)
+        return ids, ids, np.ones(ids.shape, np.float32)
+
     def _touch(self) -> None:
         for buffer in (*self._trained.values(), self._frozen):
             buffer.fill(0)
 
-    def _measured(self, count: int) -> tuple[int, float]:
-        """The peak of a step of ``count`` examples, and its seconds."""
-        model = self.spec.image_model
-        draw: dict[str, NDArray[Any]] = {
-            "images": np.zeros((count, *model.image_shape), np.float32),
-            "labels": np.zeros(count, np.int64),
-            "sigma": np.ones(count, np.float32),
-            "eps": np.ones((count, model.width), np.float32),
-        }
+    def _measured(self, count: int, idle: int) -> tuple[float, float]:
+        """What a step of ``count`` examples takes at most beyond ``idle`` bytes, and its seconds."""
+        draw = block_draws(self.spec, self._zeros)(0, 0, 0, count)
         self.run(draw)
         limits.return_freed_memory()
         meter.reset_peak()
         began = time.perf_counter()
         self.run(draw)
-        return meter.usage().peak_bytes, time.perf_counter() - began
+        return float(max(0, meter.usage().peak_bytes - idle)), time.perf_counter() - began
 
 
 @functools.cache
@@ -284,9 +304,10 @@ def _grow_as_asked() -> None:
 class OrtTrainer(Trainer):
     """Steps on one block, which stays resident from the beginning of a visit to its end."""
 
-    def __init__(self, session: Session, math: BlockMath, batches: Batches) -> None:
-        self.session, self.math, self.batches = session, math, batches
-        self.spec = session.spec
+    def __init__(self, session: Session, math: BlockMath, batches: Any) -> None:
+        """``batches``: the ``training_batches`` of the session's data."""
+        self.session, self.math, self.spec = session, math, session.spec
+        self._draw = block_draws(self.spec, batches)
 
     @property
     def offloaded_bytes(self) -> int:
@@ -298,7 +319,7 @@ class OrtTrainer(Trainer):
 
     @property
     def guess(self) -> float:
-        return float(np.log(max(2, self.spec.image_model.num_classes)))
+        return guess(self.spec)
 
     def warm_up(self, progress: BlockProgress) -> None:
         self.enter(0)
@@ -350,7 +371,7 @@ class OrtTrainer(Trainer):
         return Step(self.math.block, step, loss if np.isfinite(norm) else None, norm, lr, time.perf_counter() - began)
 
     def _update(self, progress: BlockProgress) -> None:
-        settings = block_settings(self.session, self.math.block, progress, lambda name, shape: decays(name))
+        settings = block_settings(self.session, self.math.block, progress)
         for member in self.math.members:
             for tensor in member.layout.tensors if member.stage.trained else ():
                 views = (self.math.view(name, member, tensor).reshape(-1) for name in ("weight", "gradient", "m", "v"))
@@ -371,7 +392,7 @@ class OrtTrainer(Trainer):
         total = 0.0
         for first in range(0, batch_size, micro_batch):
             count = min(micro_batch, batch_size - first)
-            total += self.math.run(draw_labels(self.spec, self.batches, self.math.block, step, first, count))
+            total += self.math.run(self._draw(self.math.block, step, first, count))
             if not np.isfinite(total):
                 break
         return total

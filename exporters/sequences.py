@@ -39,6 +39,7 @@ class Sequences:
         self.sizes = ""  # (batch, sequence)
         self.bias = ""
         self.cos = self.sin = ""
+        self._half = 0  # of an angle's elements
 
     def input_ids(self) -> str:
         return self.graph.tensor("input_ids", "int64", *TOKENS)
@@ -79,13 +80,15 @@ class Sequences:
         """Makes cos and sin of the angles at positions (..., sequence), each (..., sequence, 1, head_dim / 2)."""
         g = self.graph
         places = g.op("Unsqueeze", g.op("Cast", positions, to=_FLOAT), g.ints(-1))
-        angles = g.op("Mul", places, g.floats(inverse_frequencies(model), "inverse_frequencies"))
+        frequencies = inverse_frequencies(model)
+        self._half = len(frequencies)
+        angles = g.op("Mul", places, g.floats(frequencies, "inverse_frequencies"))
         self.cos, self.sin = (g.op("Unsqueeze", g.op(kind, angles), g.ints(-2)) for kind in ("Cos", "Sin"))
 
     def rotated(self, x: str) -> str:
         """(batch, sequence, heads, head_dim); element i is paired with i + head_dim / 2."""
         g = self.graph
-        a, b = g.split(x, 2, 3)
+        a, b = g.split(x, 2, 3, self._half)
         first = g.op("Sub", g.op("Mul", a, self.cos), g.op("Mul", b, self.sin))
         second = g.op("Add", g.op("Mul", b, self.cos), g.op("Mul", a, self.sin))
         return g.op("Concat", first, second, axis=3)

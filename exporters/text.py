@@ -55,6 +55,28 @@ def single_graph(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph
     return graph
 
 
+def loss(spec: Spec, block: int, shapes: Shapes) -> Graph:
+    """What training a block makes small, to be differentiated: input_ids, t (batch,) or z (batch, sequence, width) at
+    sigma (batch,), targets (batch, sequence) int64, what each counts (batch, sequence), and all weights -> "loss", a
+    scalar: the weighted sum of the cross-entropies."""
+    graph, model = Graph(f"loss{block:02d}", shapes, trains=True), spec.text_model
+    text = _Text(graph, spec, block)
+    ids = text.input_ids()
+    if model.family == "masked":
+        logits = text.unmask(ids, graph.tensor("t", "float32", "batch"))
+    else:
+        z, sigma = graph.tensor("z", "float32", *TOKENS, model.width), graph.tensor("sigma", "float32", "batch")
+        if model.family == "recurrent":
+            logits, _ = text.denoise_state(ids, z, sigma)
+        else:
+            text.begin_whole(ids)
+            logits, _ = text.denoise_beside(ids, None, z, sigma)
+    labels = graph.reshape(graph.tensor("targets", "int64", *TOKENS), -1)
+    weights = graph.reshape(graph.tensor("weights", "float32", *TOKENS), -1)
+    graph.result("loss", graph.cross_entropy(graph.reshape(logits, -1, model.vocab_size), labels, weights))
+    return graph
+
+
 def llama_config(model: TextModelSpec, num_layers: int, length: int) -> dict[str, object]:
     """What loaders read to find their way: to them the graph of an ar model is one of Llama, whose inputs it has."""
     return {
@@ -192,9 +214,9 @@ class _Text(Sequences):
             tokens = self._stream(layer, tokens, condition, lambda q, k, v: self._mixed(q, k, v, ""))
         return self.logits(tokens, condition)
 
-    def denoise_beside(self, ids: str, pasts: list[KeyValue], z: str, sigma: str) -> tuple[str, str]:
+    def denoise_beside(self, ids: str, pasts: list[KeyValue] | None, z: str, sigma: str) -> tuple[str, str]:
         """The noisy tokens z (batch, sequence, width) at sigma (batch,) or (1,), beside the clean ones -> logits,
-        denoised. Makes the outputs of keys and values."""
+        denoised. Where there are pasts, makes the outputs of keys and values."""
         g, method = self.graph, self.spec.diffusion_blocks
         noised = NoisedRows(g, self.spec, z, sigma, 3, self._codebook)
         with g.scope(self.stem):
@@ -204,12 +226,13 @@ class _Text(Sequences):
             noisy = self.linear(noised.entering(), f"{self.stem}.noisy")
             if self.model.previous:
                 noisy = g.op("Add", noisy, clean)
-        for number, (layer, past) in enumerate(zip(self.layers, pasts, strict=True)):
+        for number, layer in enumerate(self.layers):
             with g.scope("clean"):
-                clean, seen = self.clean(layer, clean, constant, past)
+                clean, seen = self.clean(layer, clean, constant, pasts[number] if pasts else None)
             with g.scope("noisy"):
                 noisy = self._noisy(layer, noisy, condition, seen)
-            self.present(f"present.{number}.", self, *seen)
+            if pasts:
+                self.present(f"present.{number}.", self, *seen)
         output = g.op("Add", noisy, clean) if method.joined else noisy
         logits = noised.with_evidence(self.logits(noised.read(output), condition))
         return logits, noised.mean(logits)
@@ -228,16 +251,24 @@ class _Text(Sequences):
 
     def begin_cached(self, turns_beside: bool = False) -> tuple[str, list[KeyValue]]:
         """The inputs of a model with past keys and values: input_ids, and the past of each layer."""
-        g = self.graph
         ids, positions, mask = self.input_ids(), self.position_ids(), self.attention_mask()
         pasts = [self.past(f"past_key_values.{number}.", self) for number in range(len(self.layers))]
         self.measure(ids)
-        if turns_beside:
-            self.turn_by(g.op("Add", positions, g.number(1)), self.model)
-            self._beside = (self.cos, self.sin)
-        self.turn_by(positions, self.model)
+        self._turn(positions, turns_beside)
         self.see(mask)
         return ids, pasts
+
+    def begin_whole(self, ids: str) -> None:
+        """Without a past, for clean and noisy tokens beside each other."""
+        self.measure(ids)
+        self._turn(self.places(), True)
+        self.see_before()
+
+    def _turn(self, positions: str, turns_beside: bool) -> None:
+        if turns_beside:
+            self.turn_by(self.graph.op("Add", positions, self.graph.number(1)), self.model)
+            self._beside = (self.cos, self.sin)
+        self.turn_by(positions, self.model)
 
     def nothing(self, ids: str) -> str:
         """z = 0 for each of ids, (batch, sequence, width)."""
@@ -263,13 +294,15 @@ class _Text(Sequences):
         ]
         return g.op("Add", embedded, self.linear(g.op("Concat", *parts, axis=2), f"{self.stem}.beside"))
 
-    def clean(self, layer: str, x: str, condition: str, past: KeyValue) -> tuple[str, KeyValue]:
+    def clean(self, layer: str, x: str, condition: str, past: KeyValue | None) -> tuple[str, KeyValue]:
         """Clean tokens after what ``past`` holds -> the same, and the keys and values of all so far."""
         g = self.graph
         seen: list[KeyValue] = []
 
         def attend(q: str, k: str, v: str) -> str:
-            seen.append((g.op("Concat", past[0], k, axis=2), g.op("Concat", past[1], v, axis=2)))
+            if past is not None:
+                k, v = g.op("Concat", past[0], k, axis=2), g.op("Concat", past[1], v, axis=2)
+            seen.append((k, v))
             return self._mixed(q, *seen[0], self.bias)
 
         return self._stream(layer, x, condition, attend), seen[0]
@@ -283,8 +316,10 @@ class _Text(Sequences):
             own = g.op("ReduceSum", g.op("Mul", q, k), g.ints(-1), keepdims=1)
             total = g.op("Concat", g.op("Add", scores, self._flat_bias()), own, axis=3)
             p = g.op("Softmax", total, axis=-1)
-            of_clean = g.op("Slice", p, g.ints(0), g.ints(-1), g.ints(3))
-            of_own = g.op("Slice", p, g.ints(-1), g.ints(2**62), g.ints(3))
+            # Not from 0 to -1: of such slices onnxruntime's training makes a Split that writes where it must not.
+            count = g.op("Shape", seen[0], start=2, end=3)
+            of_clean = g.op("Slice", p, g.ints(0), count, g.ints(3))
+            of_own = g.op("Slice", p, count, g.op("Add", count, g.ints(1)), g.ints(3))
             return g.op("Add", g.op("MatMul", of_clean, seen[1]), g.op("Mul", of_own, v))
 
         clean_angles, (self.cos, self.sin) = (self.cos, self.sin), self._beside
@@ -324,7 +359,9 @@ class _Text(Sequences):
         g = self.graph
         with g.scope(self.head):
             modulation = g.op("Unsqueeze", g.linear(condition, f"{self.head}.modulation"), g.ints(1))
-            return self.linear(self._adapted(hidden, *g.split(modulation, 2, 2)), f"{self.head}.readout")
+            return self.linear(
+                self._adapted(hidden, *g.split(modulation, 2, 2, self.model.width)), f"{self.head}.readout"
+            )
 
     def _causal(self, layer: str, x: str, condition: str) -> str:
         return self._stream(layer, x, condition, lambda q, k, v: self._mixed(q, k, v, self.bias))
@@ -337,16 +374,17 @@ class _Text(Sequences):
             modulation = g.op(
                 "Unsqueeze", g.linear(condition, f"{layer}.modulation", coarse=True), g.ints(1)
             )  # (m, 1, 6 width)
-            shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2)
+            shift1, scale1, gate1, shift2, scale2, gate2 = g.split(modulation, 6, 2, model.width)
             qkv = self.linear(self._adapted(x, shift1, scale1), f"{layer}.qkv", coarse=True)
-            q, k, v = (self.rows(one, model.heads, model.head_dim) for one in g.split(qkv, 3, 2))
+            q, k, v = (self.rows(one, model.heads, model.head_dim) for one in g.split(qkv, 3, 2, model.width))
             q, k = self.rotated(q), self.rotated(k)
             q, k, v = (g.op("Transpose", one, perm=[0, 2, 1, 3]) for one in (q, k, v))
             mixed = attend(g.op("Mul", q, g.floats(model.head_dim**-0.5)), k, v)
             mixed = self.rows(g.op("Transpose", mixed, perm=[0, 2, 1, 3]), model.width)
             x = g.op("Add", x, g.op("Mul", gate1, self.linear(mixed, f"{layer}.out", coarse=True)))
             hidden = self._adapted(x, shift2, scale2)
-            gate, up = g.split(self.linear(hidden, f"{layer}.gate_up", coarse=True), 2, 2)
+            inner = self.linear(hidden, f"{layer}.gate_up", coarse=True)
+            gate, up = g.split(inner, 2, 2, model.mlp_ratio * model.width)
             down = self.linear(g.op("Mul", silu(g, gate), up), f"{layer}.down", coarse=True)
             return g.op("Add", x, g.op("Mul", gate2, down))
 

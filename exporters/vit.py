@@ -92,8 +92,8 @@ def classifier(spec: Spec, shapes: Shapes, storage: Storage = "fp32") -> Graph:
 
 
 def loss(spec: Spec, block: int, shapes: Shapes) -> Graph:
-    """What training a block makes small: images (n, C, H, W), z (n, width), sigma (n,), labels (n,) int64 and all
-    weights -> "loss", a scalar: the sum of the cross-entropies over the whole batch size. To be differentiated."""
+    """What training a block makes small, to be differentiated: images (n, C, H, W), z (n, width), sigma (n,), labels
+    (n,) int64 and all weights -> "loss", a scalar: the sum of the cross-entropies over the whole batch size."""
     graph, model = Graph(f"loss{block:02d}", shapes, trains=True), spec.image_model
     images, z = graph.input("images", *model.image_shape), graph.input("z", model.width)
     sigma, labels = graph.input("sigma"), graph.tensor("labels", "int64", "n")

@@ -24,14 +24,14 @@ from edgetrain.data import Dataset, to_float
 from edgetrain.errors import UsageError
 from edgetrain.image_sampling import ImageSampler, Output
 from edgetrain.models import build_family, build_network
-from edgetrain.models.dit import DenoisingNetwork, NoisyBatches, denoised, unpatch, weighted_error
+from edgetrain.models.dit import DenoisingNetwork, denoised, unpatch, weighted_error
 from edgetrain.models.vit import patch_pixels
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.plan import StreamedChoice
 from edgetrain.recipe import resolve
 from edgetrain.session import Session
 from edgetrain.spec import Spec
-from edgetrain.training_data import training_batches
+from edgetrain.training_data import NoisyBatches, training_batches
 from tests import language_models as exact
 from tests.test_engine import complete, new_session, state
 

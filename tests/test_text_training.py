@@ -14,11 +14,10 @@ from edgetrain import training
 from edgetrain.activations import Keep
 from edgetrain.data.batches import TextBatches
 from edgetrain.errors import UsageError
-from edgetrain.models.masked import MaskedBatches
 from edgetrain.noise import masking_band, masking_block
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.session import Session
-from edgetrain.training_data import training_batches
+from edgetrain.training_data import MaskedBatches, training_batches
 from tests.test_engine import state, train_on
 from tests.text_families import (
     FAMILIES,

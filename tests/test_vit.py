@@ -21,7 +21,7 @@ from edgetrain.models.vit import ViTLayer
 from edgetrain.noise import preconditioning, time_frequencies
 from edgetrain.objectives.base import Block, Objective
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
-from edgetrain.parameters import codebook_rows
+from edgetrain.parameters import codebook_rows, initial_values
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.recipe import resolve
 from edgetrain.spec import Spec
@@ -45,13 +45,13 @@ def paper(**changes: Any) -> Spec:
 
 def initial_block(spec: Spec, index: int = 0) -> Block:
     """With the initial values that a session gets, on the CPU."""
-    family, block = build_family(spec), build_modules(spec, build_family(spec), index)
+    block = build_modules(spec, build_family(spec), index)
     kinds = ["codebook", "stem", *["layer"] * len(block.layers), "head"]
     for number, (kind, module) in enumerate(zip(kinds, block.modules, strict=True)):
         module.to_empty(device="cpu")
         for position, (name, parameter) in enumerate(module.named_parameters()):
             draws = normal(Stream(position, Purpose.INIT, number), 0, 1, parameter.numel()).reshape(parameter.shape)
-            values = codebook_rows(draws) if kind == "codebook" else family.initialise(kind, name, draws)
+            values = codebook_rows(draws) if kind == "codebook" else initial_values(spec, name, draws)
             parameter.data.copy_(torch.from_numpy(values))
             parameter.requires_grad_(kind != "codebook")
     return block

@@ -70,11 +70,11 @@ class OnnxRuntime:
         prepare_process(threads)
 
     def plan(self, spec: Spec, found: Session | None, budget: int) -> Plan:
-        from edgetrain.parameters import classifier_shapes
+        from edgetrain.parameters import block_shapes
         from exporters import ort_training
 
         ort_training.check(spec)
-        self._shapes = classifier_shapes(spec) if found is None else found.shapes
+        self._shapes = block_shapes(spec) if found is None else found.shapes
         self._math = ort_training.BlockMath(spec, self._shapes, self._threads)
         own = 0 if found is None else max(found.progress(block).micro_batch for block in range(spec.num_blocks))
         return self._math.plan(budget, own or spec.train.micro_batch)
@@ -83,15 +83,11 @@ class OnnxRuntime:
         """Planning has."""
 
     def create(self, path: Path, spec: Spec, class_names: Sequence[str]) -> Session:
-        from edgetrain.parameters import initial_values
         from edgetrain.plan import Probe
         from edgetrain.training import create
 
-        def initialise(kind: str, name: str, normal: Any) -> Any:
-            return initial_values(kind, name, normal, spec.diffusion_blocks.gate)
-
         measured = Probe(self._shapes, None, 0, 0, {}, {}, None)
-        return create(path, spec, measured, class_names, initialise=initialise)
+        return create(path, spec, measured, class_names)
 
     def trainer_of(self, dataset: Any) -> TrainerOf | None:
         from edgetrain.training_data import training_batches

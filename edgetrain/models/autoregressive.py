@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from edgetrain.data.batches import TextBatches
 from edgetrain.models.attention import KeyValue, attend
-from edgetrain.models.base import Boundary
-from edgetrain.models.text import TextFamily, TextHead, TextNetwork, TextStem, TokenLayer, cross_entropy
+from edgetrain.models.base import Boundary, Family
+from edgetrain.models.text import TextHead, TextNetwork, TextStem, TokenLayer, cross_entropy
 from edgetrain.spec import Spec, TextModelSpec
 
 Seen = tuple[Tensor, Tensor]
@@ -116,7 +116,7 @@ class Head(TextHead):
         return cross_entropy(logits, draw["targets"], draw["weights"])
 
 
-class Autoregressive(TextFamily):
+class Autoregressive(Family):
     """Stages of a block."""
 
     def build(self, kind: str) -> nn.Module:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -58,14 +57,6 @@ class Family(abc.ABC):
     def build(self, kind: str) -> nn.Module:
         """The module of a stage: "stem", "head", or, a ``Layer``, "layer" or "adapter"."""
 
-    @abc.abstractmethod
-    def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Initial values of a stage's parameter ``name``, from unit normals of its shape."""
-
-    @abc.abstractmethod
-    def decays(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether weight decay applies to the parameter."""
-
 
 class Network(abc.ABC):
     """A model as exact training sees it, data and loss included. Modules are built as for a ``Family``.
@@ -96,10 +87,6 @@ class Network(abc.ABC):
     @abc.abstractmethod
     def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
         """The summed loss of the micro-batch, weighted so that those of a batch add up to its mean; or as above."""
-
-    def initialise(self, kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Initial values of a parameter, from unit normals of its shape; a pretrained model has none to make."""
-        raise NotImplementedError
 
     @abc.abstractmethod
     def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:

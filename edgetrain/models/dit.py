@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 from edgetrain import noise
 from edgetrain.models.base import Boundary, Family, Network, network_input
 from edgetrain.models.vit import PatchStem, ViTLayer, modulate
-from edgetrain.parameters import initial_values
-from edgetrain.randomness import Purpose, Stream, normal, uniform
+from edgetrain.parameters import decays
 from edgetrain.spec import ModelSpec, Spec
-from edgetrain.training_data import Batches
+from edgetrain.training_data import Batches, NoisyBatches, guess
 
 
 def unpatch(pixels: Tensor, image_shape: tuple[int, ...], patch: int) -> Tensor:
@@ -72,38 +70,6 @@ class DiT(Family):
             return Stem(model)
         return Head(model) if kind == "head" else ViTLayer(model.width, model.heads, model.mlp_ratio)
 
-    def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        return initial_values(stage_kind, name, normal, self.spec.diffusion_blocks.gate)
-
-    def decays(self, name: str, shape: tuple[int, ...]) -> bool:
-        return name.endswith(".weight")
-
-
-class NoisyBatches:
-    """What examples of a step are made of: a pure function of the counters.
-
-    Args:
-        batches: reads images and labels; the first argument is the block, with an order of its own.
-        schedule: whose bands the noise levels are drawn from.
-    """
-
-    def __init__(self, spec: Spec, batches: Batches, schedule: noise.NoiseSchedule) -> None:
-        self.spec, self.batches, self.schedule = spec, batches, schedule
-
-    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
-        """images and eps (count, C, H, W), labels (count,), of which some are that of no class, and sigma (count,)."""
-        seed, model = self.spec.train.seed, self.spec.image_model
-        images, labels = self.batches(block, step, first, count)
-        uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
-        dropped = uniform(Stream(seed, Purpose.DROPOUT, block, step), first, count)[:, 0] < model.class_dropout
-        eps = normal(Stream(seed, Purpose.NOISE, block, step), first, count, images[0].size)
-        return {
-            "images": images,
-            "labels": np.where(dropped, model.num_classes, labels),
-            "sigma": np.array(self.schedule.draw(block, uniforms.tolist()), np.float32),
-            "eps": eps.reshape(images.shape),
-        }
-
 
 def noisy(batch: Mapping[str, Tensor]) -> Tensor:
     """z = y + sigma * eps, (n, C, H, W)."""
@@ -132,10 +98,8 @@ def weighted_error(spec: Spec, output: Tensor, batch: Mapping[str, Tensor]) -> T
 class DenoisingNetwork(Network):
     """The same transformer trained as a whole, every layer at every noise level."""
 
-    guess = 1.0  # of F = 0, where sigma_data is that of the data
-
     def __init__(self, spec: Spec, batches: Batches | None) -> None:
-        self.spec, self.family = spec, DiT(spec)
+        self.spec, self.family, self.guess = spec, DiT(spec), guess(spec)
         whole = dataclasses.replace(spec.diffusion_blocks.noise, num_blocks=1)
         self.batches = None if batches is None else NoisyBatches(spec, batches, whole)
 
@@ -160,8 +124,5 @@ class DenoisingNetwork(Network):
     def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
         return weighted_error(self.spec, head(boundary), batch) / self.spec.train.batch_size
 
-    def initialise(self, kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.family.initialise(kind, name, normal)
-
     def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:
-        return self.family.decays(name, shape)
+        return decays(name)

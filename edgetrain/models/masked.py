@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgetrain.data.batches import TextBatches
-from edgetrain.masking import hidden, texts
-from edgetrain.models.base import Boundary
-from edgetrain.models.text import TextFamily, TextHead, TextNetwork, TextStem, TokenLayer, attend_to_all, cross_entropy
-from edgetrain.noise import masking_band
-from edgetrain.randomness import Purpose, Stream, uniform
+from edgetrain.models.base import Boundary, Family
+from edgetrain.models.text import TextHead, TextNetwork, TextStem, TokenLayer, attend_to_all, cross_entropy
 from edgetrain.spec import Spec, TextModelSpec
+from edgetrain.training_data import MaskedBatches
 
 # The noise embedding tells numbers between -1.6 and 1.6 apart.
 _TIME_SCALE = 1.5
@@ -63,7 +60,7 @@ class Stem(TextStem):
         return torch.cat([padded[:, i : i + length] for i in range(2 * reach + 1) if i != reach], -1)
 
 
-class Masked(TextFamily):
+class Masked(Family):
     """Stages of a block, and of the whole."""
 
     def build(self, kind: str) -> nn.Module:
@@ -71,34 +68,6 @@ class Masked(TextFamily):
         if kind == "stem":
             return Stem(model)
         return TextHead(model) if kind == "head" else Layer(model)
-
-
-class MaskedBatches:
-    """What examples of a step are made of: a pure function of the counters."""
-
-    def __init__(self, spec: Spec, batches: TextBatches, num_blocks: int) -> None:
-        self.spec, self.batches, self.num_blocks = spec, batches, num_blocks
-
-    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
-        """tokens, some of them masked, and targets, what they were, (count, length); t (count,) in the block's band,
-        spread evenly over the batch; and the weights of targets (count, length), 1 / t where one is masked, divided by
-        the number of tokens of the batch that count."""
-        train = self.spec.train
-        given, following, all_weights = self.batches(block, step, first, count)
-        targets, weights = texts(given, following, all_weights)
-        counts = weights > 0
-        low, high = masking_band(self.num_blocks, block)
-        offset = uniform(Stream(train.seed, Purpose.SIGMA, block, step), 0, 1)[0, 0]
-        place = (offset + np.arange(first, first + count) / train.batch_size) % 1.0
-        t = low + (high - low) * place
-        draws = uniform(Stream(train.seed, Purpose.NOISE, block, step), first, count, targets.shape[1])
-        is_masked = (draws < t[:, None]) & counts
-        return {
-            "tokens": hidden(targets, is_masked, self.spec.text_model.vocab_size),
-            "targets": np.maximum(targets, 0),
-            "t": t.astype(np.float32),
-            "weights": (is_masked * weights / t[:, None]).astype(np.float32),
-        }
 
 
 class MaskedNetwork(TextNetwork):

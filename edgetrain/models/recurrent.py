@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from edgetrain.data.batches import TextBatches
 from edgetrain.models.attention import attend
-from edgetrain.models.base import Boundary
+from edgetrain.models.base import Boundary, Family
 from edgetrain.models.base import Layer as BaseLayer
-from edgetrain.models.text import TextFamily, TextHead, TextNetwork, TextStem, TokenLayer
+from edgetrain.models.text import TextHead, TextNetwork, TextStem, TokenLayer
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.spec import Spec, TextModelSpec
 
@@ -85,7 +85,7 @@ class Head(TextHead):
         return state
 
 
-class Recurrent(TextFamily):
+class Recurrent(Family):
     """Stages of the only block."""
 
     def build(self, kind: str) -> nn.Module:

@@ -6,11 +6,9 @@ to a condition as in DiT (arXiv 2212.09748): shift, scale and gate are linear in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -21,10 +19,11 @@ from edgetrain.models.base import Boundary, Family, Layer, Network
 from edgetrain.models.llama import SwiGLU
 from edgetrain.models.rotary import rotate
 from edgetrain.models.vit import NUM_FREQUENCIES, embed_noise
+from edgetrain.parameters import decays
 from edgetrain.spec import Spec, TextModelSpec
+from edgetrain.training_data import guess
 
 _EPS = 1e-6
-_EMBEDDING_STD = 0.5
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values, each (n, heads, tokens, head_dim) -> (n, tokens, width)."""
@@ -112,25 +111,6 @@ class TextHead(nn.Module):
         return logits
 
 
-class TextFamily(Family):
-    """What the families have in common."""
-
-    def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        if name in ("tokens", "clean_condition"):
-            return normal * np.float32(_EMBEDDING_STD)
-        owner = name.split(".")[-2]
-        if normal.ndim == 2 and owner not in ("modulation", "readout", "auxiliary"):
-            return normal * np.float32(normal.shape[1] ** -0.5)
-        values = np.zeros_like(normal)
-        if name.endswith("modulation.bias") and len(values) == 6 * self.spec.text_model.width:
-            gates = values.reshape(6, -1)[2::3]
-            gates[:] = self.spec.diffusion_blocks.gate
-        return values
-
-    def decays(self, name: str, shape: tuple[int, ...]) -> bool:
-        return name.endswith(".weight")
-
-
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum: logits (n, tokens, vocab_size), targets and weights (n, tokens)."""
     each = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -140,9 +120,9 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
 class TextNetwork(Network):
     """A language model trained as a whole. ``batches`` is None where nothing is drawn."""
 
-    def __init__(self, spec: Spec, family: TextFamily, batches: TextBatches | None) -> None:
+    def __init__(self, spec: Spec, family: Family, batches: TextBatches | None) -> None:
         self.spec, self.model, self.family, self.batches = spec, spec.text_model, family, batches
-        self.guess = math.log(max(2, self.model.vocab_size))
+        self.guess = guess(spec)
 
     @property
     def examples(self) -> str:
@@ -164,8 +144,5 @@ class TextNetwork(Network):
     def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
         return cross_entropy(self.logits(head, boundary), batch["targets"], batch["weights"])
 
-    def initialise(self, kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.family.initialise(kind, name, normal)
-
     def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:
-        return self.family.decays(name, shape)
+        return decays(name)

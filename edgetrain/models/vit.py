@@ -7,11 +7,9 @@ condition, so they serve any number of denoising steps; with one stream all toke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -19,13 +17,12 @@ from torch import Tensor, nn
 
 from edgetrain.models.base import Boundary, Family, Layer, Network
 from edgetrain.noise import time_frequencies
-from edgetrain.parameters import decays, initial_values
+from edgetrain.parameters import decays
 from edgetrain.spec import ModelSpec, Spec
-from edgetrain.training_data import Batches
+from edgetrain.training_data import Batches, guess
 
 NUM_FREQUENCIES = 32
 _EPS = 1e-6
-# Positions must count beside patches of size 1: with the usual .02 the digits end 45 points lower after 400 steps.
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -205,19 +202,13 @@ class ViT(Family):
             return Head(model.width, model.num_classes, method.auxiliary > 0)
         return ViTLayer(model.width, model.heads, model.mlp_ratio)
 
-    def initialise(self, stage_kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        return initial_values(stage_kind, name, normal, self.spec.diffusion_blocks.gate)
-
-    def decays(self, name: str, shape: tuple[int, ...]) -> bool:
-        return decays(name)
-
 
 class ClassifierNetwork(Network):
     """The same transformer trained as a whole: no noisy token, cross-entropy of a token that sees the image."""
 
     def __init__(self, spec: Spec, batches: Batches | None) -> None:
         self.spec, self.family, self.batches = spec, ViT(spec), batches
-        self.guess = math.log(max(2, spec.image_model.num_classes))
+        self.guess = guess(spec)
 
     @property
     def examples(self) -> str:
@@ -253,8 +244,5 @@ class ClassifierNetwork(Network):
         total = F.cross_entropy(self.logits(head, boundary), batch["labels"], reduction="sum")
         return total / self.spec.train.batch_size
 
-    def initialise(self, kind: str, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self.family.initialise(kind, name, normal)
-
     def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:
-        return self.family.decays(name, shape)
+        return decays(name)

@@ -7,26 +7,22 @@ error. In masked diffusion tokens are masked instead, and the loss is MD4's weig
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from edgetrain.activations import Activations
-from edgetrain.data.batches import TextBatches
 from edgetrain.models import dit
 from edgetrain.models.base import Boundary
 from edgetrain.models.codebook import enter, read_out
-from edgetrain.models.masked import MaskedBatches, unmasking_loss
+from edgetrain.models.masked import unmasking_loss
 from edgetrain.models.text import cross_entropy
 from edgetrain.objectives.base import Block, Objective
-from edgetrain.randomness import Purpose, Stream, normal, uniform
 from edgetrain.spec import Spec
-from edgetrain.training_data import Batches, draw_labels
+from edgetrain.training_data import block_draws, guess
 
 
 def diffusion_blocks(spec: Spec, batches: Any) -> Objective:
@@ -38,21 +34,23 @@ def diffusion_blocks(spec: Spec, batches: Any) -> Objective:
     return objectives[spec.model.family](spec, batches)
 
 
-class DenoisedLabels(Objective):
-    """The objective for the classifier."""
+class _Drawn(Objective):
+    """What all have in common."""
 
-    def __init__(self, spec: Spec, batches: Batches) -> None:
+    def __init__(self, spec: Spec, batches: Any) -> None:
         self.spec = spec
-        self.batches = batches
-        self.schedule = spec.diffusion_blocks.noise
+        self._draw = block_draws(spec, batches)
 
     @property
     def guess(self) -> float:
-        return math.log(max(2, self.spec.image_model.num_classes))
+        return guess(self.spec)
 
     def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
-        """As ``draw_labels``."""
-        return draw_labels(self.spec, self.batches, block, step, first, count)
+        return self._draw(block, step, first, count)
+
+
+class DenoisedLabels(_Drawn):
+    """The objective for the classifier."""
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         method, labels = self.spec.diffusion_blocks, draw["labels"]
@@ -69,17 +67,8 @@ class DenoisedLabels(Objective):
         return total / self.spec.train.batch_size
 
 
-class DenoisedImages(Objective):
+class DenoisedImages(_Drawn):
     """The objective for the generator: each block denoises images at the noise levels of its band."""
-
-    guess = 1.0  # of F = 0, where sigma_data is that of the data
-
-    def __init__(self, spec: Spec, batches: Batches) -> None:
-        self.spec = spec
-        self.batches = dit.NoisyBatches(spec, batches, spec.diffusion_blocks.noise)
-
-    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
-        return self.batches.draw(block, step, first, count)
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         boundary = dit.enter(self.spec, block.stem, dit.noisy(draw), draw["sigma"], draw["labels"])
@@ -88,30 +77,8 @@ class DenoisedImages(Objective):
         return dit.weighted_error(self.spec, block.head(boundary), draw) / self.spec.train.batch_size
 
 
-class DenoisedTokens(Objective):
+class DenoisedTokens(_Drawn):
     """The objective for language models that predict the next token: each position has a noisy row of its target."""
-
-    def __init__(self, spec: Spec, batches: TextBatches) -> None:
-        self.spec, self.batches = spec, batches
-        self.schedule = spec.diffusion_blocks.noise
-
-    @property
-    def guess(self) -> float:
-        return math.log(max(2, self.spec.text_model.vocab_size))
-
-    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
-        """tokens, targets and weights (count, length), sigma (count,) and eps (count, length, width)."""
-        seed, width = self.spec.train.seed, self.spec.text_model.width
-        tokens, targets, weights = self.batches(block, step, first, count)
-        uniforms = uniform(Stream(seed, Purpose.SIGMA, block, step), first, count)[:, 0]
-        eps = normal(Stream(seed, Purpose.NOISE, block, step), first, count, tokens.shape[1] * width)
-        return {
-            "tokens": tokens,
-            "targets": targets,
-            "weights": weights,
-            "sigma": np.array(self.schedule.draw(block, uniforms.tolist()), np.float32),
-            "eps": eps.reshape(*tokens.shape, width),
-        }
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         method, sigma = self.spec.diffusion_blocks, draw["sigma"]
@@ -127,19 +94,8 @@ class DenoisedTokens(Objective):
         return total
 
 
-class UnmaskedTokens(Objective):
+class UnmaskedTokens(_Drawn):
     """The objective for masked diffusion: each block unmasks at the t of its band."""
-
-    def __init__(self, spec: Spec, batches: TextBatches) -> None:
-        self.spec = spec
-        self.batches = MaskedBatches(spec, batches, spec.num_blocks)
-
-    @property
-    def guess(self) -> float:
-        return math.log(max(2, self.spec.text_model.vocab_size))
-
-    def draw(self, block: int, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:
-        return self.batches.draw(block, step, first, count)
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
         boundary: Boundary = block.stem(draw["tokens"], draw["t"])

@@ -62,8 +62,8 @@ def shapes_of(spec: Spec) -> dict[str, dict[str, list[int]]]:
     with torch.device("meta"):
         modules = {kind: build(kind) for kind in kinds}
     shapes = {kind: {n: list(p.shape) for n, p in module.named_parameters()} for kind, module in modules.items()}
-    classes = spec.text_model.vocab_size if isinstance(spec.model, TextModelSpec) else spec.image_model.num_classes
-    return {"codebook": {"rows": [classes, spec.model.width]}, **shapes}
+    codebook = {"codebook": {"rows": [spec.codebook_rows, spec.model.width]}} if spec.codebook_rows else {}
+    return {**codebook, **shapes}
 
 
 def random_weights(stage: Stage, tensor: TensorSpec) -> NDArray[np.float32]:
