@@ -32,7 +32,7 @@ _HF_NEEDED_BYTES = 8 << 20
     "kind",
     type=click.Choice(["onnx", "hf", "ort-training"]),
     help="onnx; hf, of a pretrained language model: a folder for transformers, or of an adapter one for peft; "
-    "ort-training, of a classifier in blocks: what onnxruntime's training API takes.  [onnx]",
+    "ort-training, of a model in blocks: what onnxruntime's training API takes.  [onnx]",
 )
 @click.option("--single-file", is_flag=True, help="onnx: one model.onnx; of a classifier the chain unrolled.")
 @click.option("--int8", is_flag=True, help="onnx: 8-bit matrices in layers, a scale for each output channel.")

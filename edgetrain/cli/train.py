@@ -31,7 +31,7 @@ from edgetrain.errors import INTERRUPTED_EXIT_CODE, UsageError
     type=click.Choice(["torch", "ort"]),
     default="torch",
     show_default=True,
-    help="What computes: torch, or onnxruntime-training without it (classifiers by diffusion_blocks).",
+    help="What computes: torch, or onnxruntime-training without it (blocks of diffusion_blocks).",
 )
 @options.DEVICE
 @options.THREADS

@@ -36,7 +36,7 @@ from exporters import ort_training
 from exporters.ort_training import BlockMath, OrtTrainer, adamw
 from tests.exporters.common import ROOT, shapes_of
 from tests.test_dit import run
-from tests.text_families import Cycling, small
+from tests.text_families import TEXT, Cycling, small
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -196,6 +196,28 @@ def test_without_torch_within_its_budget_and_what_comes_of_it(tmp_path: Path) ->
     assert run("train", session, "--steps", 40, "--memory-budget", "400MiB", "--threads", 1)["step"] == 40
 
 
+@pytest.mark.parametrize("family", ["dit", "masked", "ar", "recurrent"])
+def test_every_family_without_torch(family: str, tmp_path: Path) -> None:
+    """Plan, training and what comes of it, by commands; torch goes on with it."""
+    session, text = tmp_path / "s", tmp_path / "text.txt"
+    text.write_text(TEXT)
+    recipe = ["dit-digits"] if family == "dit" else [f"{family}-text", "--data", str(text)]
+    sizes = {"model.width": 32, "train.batch_size": 8, "train.visit_steps": 4, "train.micro_batch": 0}
+    changes = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
+    begun = ["train", str(session), "--recipe", *recipe, *changes, "--memory-budget", "200MiB", "--backend", "ort"]
+    command = [sys.executable, "-c", _TRAIN, *begun, "--steps", "4", "--threads", "1", "--json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["status"], summary["step"]) == ("complete", 4)
+    assert summary["peak_bytes"] == pytest.approx(summary["plan_peak_bytes"], rel=0.1)
+    more = ("--memory-budget", "400MiB", "--threads", 1)
+    assert run("train", session, "--steps", 6, *more)["step"] == 6
+    assert run("train", session, "--steps", 8, *more, "--backend", "ort")["step"] == 8
+    assert all(row["passed"] for row in run("export", session, "--to", tmp_path / "x", *more[:2])["parity"])
+
+
 def test_a_kill_changes_nothing(tmp_path: Path) -> None:
     whole = run(*arguments(tmp_path / "whole", "--steps", 60))
     session = tmp_path / "killed"
@@ -242,6 +264,9 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
         math.plan(50 << 20, 0)
     assert math.plan(4 << 30, 0).choice.micro_batch == 16
     assert math.plan(4 << 30, 5).choice.micro_batch == 5
+    with pytest.raises(BudgetInfeasible) as refused:  # what was asked for is not changed
+        math.plan(50 << 20, 16)
+    assert "--set train.micro_batch=1" in refused.value.hint
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
