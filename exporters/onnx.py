@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from devices.limits import return_freed_memory
+from devices.limits import release_code, return_freed_memory
 from devices.meter import usage
 from edgetrain import __version__
 from edgetrain.checkpoint import copy_tokenizer, read_object
@@ -164,6 +164,17 @@ def stage(
     with _scratch_folder(to) as folder:
         _emit(session, folder, single_file, storage, merge)
         yield StagedExport(folder, to, usage().peak_bytes)
+
+
+def warm_up() -> None:
+    """Imports onnx and lets go of the code that this ran, and notes it: what is exported later lets go of it again.
+
+    No other thread may load or unload libraries meanwhile.
+    """
+    import onnx.checker
+    import onnx.helper  # noqa: F401
+
+    release_code(noting=True)
 
 
 def check_replaceable(to: Path) -> None:
@@ -328,6 +339,7 @@ def _write_graphs(  # noqa: PLR0917
     for name in list(graphs):
         files[name] = _write(folder / name, graphs.pop(name).model(_properties(session, digest), __version__, places))
         return_freed_memory()
+        release_code()
         _check(folder / name)
 
 
@@ -361,23 +373,23 @@ def _blocks(session: Session, weights: Weights, folder: Path, digest: str, stora
 
 
 def _single(session: Session, weights: Weights, folder: Path, digest: str, storage: Storage) -> dict[str, FileRecord]:
+    spec, schedule = session.spec, session.spec.diffusion_blocks.noise
     properties = _properties(session, digest)
-    if is_whole_classifier(session.spec):
-        graph = vit.classifier(session.spec, weights.shapes, storage)
-    elif session.spec.model.family == "dit":
-        graph = dit.chain(session.spec, weights.shapes, storage)
-    else:
-        graph, schedule = vit.chain(session.spec, weights.shapes, storage), session.spec.diffusion_blocks.noise
+    is_chain = spec.model.family != "dit" and not is_whole_classifier(spec)
+    if is_chain:
         properties |= {
             "blocks": str(schedule.num_blocks),
             "sigma_low": repr(schedule.sigma_min),
             "sigma_high": repr(schedule.sigma_max),
             "noise_scale": repr(math.sqrt(1 + schedule.sigma_max**2)),
         }
-    out, places = write_model(folder / MODEL, graph.model(properties, __version__, {}), weights, graph.weights())
+    make = vit.chain if is_chain else dit.chain if spec.model.family == "dit" else vit.classifier
     # The checker would hold the whole file in memory: it gets a twin whose weights are elsewhere, in that very file.
-    _write(folder / _CHECKED, graph.model(properties, __version__, places))
-    _check(folder / _CHECKED)
+    twin = {_CHECKED: make(spec, weights.shapes, storage)}
+    model = twin[_CHECKED].model(properties, __version__, {})
+    out, places = write_model(folder / MODEL, model, weights, twin[_CHECKED].weights())
+    del model
+    _write_graphs(session, twin, folder, digest, places, {})
     (folder / _CHECKED).unlink()
     return {MODEL: FileRecord(out.num_bytes, out.sha256)}
 

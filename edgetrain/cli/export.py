@@ -136,6 +136,7 @@ def _export_compared(
     budget = _known_budget(found, budget)
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
+    onnx.warm_up()
     with stage() as staged:
         if budget is not None and staged.emit_peak_bytes > budget:
             raise BudgetBroken(
