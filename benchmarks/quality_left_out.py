@@ -52,7 +52,7 @@ FAMILIES = {
     "vit-fashion-mnist": _IMAGES, "dit-fashion-mnist": _IMAGES, "masked-text": _TEXT, "ar-text": _TEXT,
     "recurrent-text": _TEXT,
 }  # fmt: skip
-_DECAYS = (0.98, 0.995)
+_DECAYS = (0.9, 0.98)
 _HELD_OUT_STEP = 1 << 20  # the number of the first batch of the other split
 
 
@@ -110,11 +110,10 @@ def _averaged(spec: Spec, scratch: Path, steps: int) -> list[float]:
     block = initial_block(spec, 0)
     averages = [deepcopy(block) for _ in _DECAYS]
 
-    def average(step: int) -> None:
+    def average() -> None:
         for decay, kept in zip(_DECAYS, averages, strict=True):
-            now = min(decay, (1 + step) / (10 + step))  # an average that begins early forgets its beginning
             for mine, new in zip(_parameters(kept), _parameters(block), strict=True):
-                mine.data.lerp_(new.data, 1 - now)
+                mine.data.lerp_(new.data, 1 - decay)
 
     fit(spec, diffusion_blocks(spec, _batches(spec, scratch, False)), block, steps, average)
     other = diffusion_blocks(spec, _batches(spec, scratch, True))
@@ -207,7 +206,7 @@ def initial_block(spec: Spec, index: int, number: int = 0) -> Block:
     return block
 
 
-def fit(spec: Spec, objective: Objective, block: Block, steps: int, after: Callable[[int], None] | None = None) -> None:
+def fit(spec: Spec, objective: Objective, block: Block, steps: int, after: Callable[[], None] | None = None) -> None:
     """AdamW with the spec's schedule and clipping."""
     named = [(name, one) for module in block.modules for name, one in module.named_parameters() if one.requires_grad]
     groups = [
@@ -227,7 +226,7 @@ def fit(spec: Spec, objective: Objective, block: Block, steps: int, after: Calla
         torch.nn.utils.clip_grad_norm_([one for _, one in named], spec.optimizer.clip)
         optimizer.step()
         if after is not None:
-            after(step)
+            after()
 
 
 def _parameters(block: Block) -> list[Tensor]:
