@@ -15,7 +15,7 @@ from edgetrain.stages import exact_stages, largest_block
 from exporters import parity
 from exporters.graph import Storage
 from exporters.language_runtime import LanguageRunner
-from exporters.manifest import MODEL, Manifest, StackManifest, TrainingManifest, layer_file, read
+from exporters.manifest import MODEL, Manifest, StackManifest, TrainingManifest, block_file, layer_file, read
 from exporters.runtime import import_onnxruntime, open_model
 from exporters.stack_runtime import StackRunner
 from exporters.text_runtime import TextRunner
@@ -42,7 +42,8 @@ def run(request: parity.Request) -> dict[str, Any]:
     references = io.BytesIO(parity.read_all(request.descriptor))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     opened, model = "", None
-    for file, count, inputs in parity.cases(session.spec, manifest.single_file):
+    for block, count, inputs in parity.cases(session.spec, manifest.single_file):
+        file = MODEL if manifest.single_file else block_file(block)
         if opened != file:
             model = None  # before the next one is loaded
             opened, model = file, open_model(request.export_path / file, 1)
@@ -97,8 +98,8 @@ def _cases_of_loss(spec: Spec) -> Iterator[tuple[int, Sequence[str], dict[str, N
         for block, _, inputs in parity.text_cases(spec, False):
             yield block, parity.text_outputs(spec, block, False), inputs
     else:
-        for file, _, inputs in parity.cases(spec, False):
-            yield int(file.removeprefix("block")[:2]), parity.outputs(spec, False), inputs
+        for block, _, inputs in parity.cases(spec, False):
+            yield block, parity.outputs(spec, False), inputs
 
 
 def _loss_of(

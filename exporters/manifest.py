@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -94,7 +94,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class Manifest(_Kept):
-    """An export. ``single_file``: the default chain unrolled in model.onnx, instead of one graph for each block.
+    """An export. ``single_file``: the default chain in model.onnx, instead of one graph for each block.
     ``whole``: a classifier that was trained as one, without noise."""
 
     family: str
@@ -190,7 +190,8 @@ class TextManifest(_Kept):
 
 @dataclass(frozen=True)
 class TrainingManifest(_Kept):
-    """What onnxruntime's training API needs of each block. The loss is a mean over ``batch_size`` examples."""
+    """What onnxruntime's training API needs of each block, trained in batches of ``batch_size`` examples. ``draws``:
+    what these are made of, for whoever trains; not read again here."""
 
     KIND = _TRAINING
 
@@ -200,6 +201,7 @@ class TrainingManifest(_Kept):
     batch_size: int
     files: Mapping[str, FileRecord]
     storage: Storage = "fp32"
+    draws: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def stage(
     """Emits the session, to be published at ``to``; what was not published by the end is deleted.
 
     Args:
-        single_file: the default chain unrolled in one model.onnx, instead of one graph for each block.
+        single_file: the default chain in one model.onnx, instead of one graph for each block.
         storage: of the large matrices.
         merge: a LoRA adapter is added to the weights, instead of staying beside them.
 

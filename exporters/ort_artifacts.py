@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from edgetrain import __version__
+from edgetrain.noise import masking_band
 from edgetrain.session import Session
+from edgetrain.spec import Spec, TextModelSpec
 from edgetrain.stages import stages_of_block
 from exporters import ort_training
 from exporters.graph import IR_VERSION, Stored
-from exporters.manifest import FileRecord, TrainingManifest, artifact_files
+from exporters.manifest import CODEBOOK, FileRecord, TrainingManifest, artifact_files
 from exporters.runtime import import_onnxruntime
 from exporters.weights import Weights
 
@@ -51,7 +53,22 @@ def emit(session: Session, folder: Path, digest: str) -> None:
         num_blocks=spec.num_blocks,
         batch_size=spec.train.batch_size,
         files=files,
+        draws=_draws(spec),
     ).write(folder)
+
+
+def _draws(spec: Spec) -> dict[str, Any]:
+    """What the examples of a block are made of: sizes, and from where to where its noise levels are."""
+    noise, blocks = spec.diffusion_blocks.noise, range(spec.num_blocks)
+    found: dict[str, Any] = {}
+    if isinstance(spec.model, TextModelSpec):
+        found |= {"vocab_size": spec.model.vocab_size, "length": spec.text.length}
+    else:
+        found |= {"image_shape": spec.image_model.image_shape, "num_classes": spec.image_model.num_classes}
+    if spec.model.family == "masked":
+        return found | {"mask": found["vocab_size"], "t": [masking_band(spec.num_blocks, block) for block in blocks]}
+    found |= {"sigma": [noise.training_band(block) for block in blocks], "p_mean": noise.p_mean, "p_std": noise.p_std}
+    return found | ({"codebook": CODEBOOK} if spec.codebook_rows else {"sigma_data": spec.sigma_data})
 
 
 def _generate(session: Session, weights: Weights, block: int, folder: Path) -> None:

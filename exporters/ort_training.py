@@ -50,16 +50,14 @@ def check(spec: Spec) -> None:
     """Whether there is a way to train this: UsageError otherwise."""
     method = spec.diffusion_blocks
     if not isinstance(spec.model, (ModelSpec, TextModelSpec)) or spec.is_exact:
-        raise UsageError("ONNX Runtime trains by diffusion_blocks alone", "Leave --backend out.")
+        raise UsageError("ONNX Runtime trains by diffusion_blocks alone", "Train it by torch.")
     if (spec.codebook_rows and method.codebook != "frozen") or method.auxiliary:
         raise UsageError(
             "ONNX Runtime trains neither a codebook nor by an auxiliary loss",
-            "Set diffusion_blocks.codebook=frozen and diffusion_blocks.auxiliary=0, or leave --backend out.",
+            "Set diffusion_blocks.codebook=frozen and diffusion_blocks.auxiliary=0, or train it by torch.",
         )
     if _builder() is None:
-        raise UsageError(
-            f"onnxruntime-training is not installed here; it exists for {PLATFORMS}", "Leave --backend out."
-        )
+        raise UsageError(f"onnxruntime-training is not installed here; it exists for {PLATFORMS}", "Train by torch.")
 
 
 def _builder() -> Any:
@@ -82,8 +80,8 @@ def inputs_of_loss(spec: Spec, draw: Mapping[str, NDArray[Any]], rows: Floats | 
         if rows is None:
             target = draw["images"]
         else:
-            unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
-            target = unit[draw["targets"] if "targets" in draw else draw["labels"]]
+            target = rows[draw["targets"] if "targets" in draw else draw["labels"]]
+            target = target / np.maximum(np.linalg.norm(target, axis=-1, keepdims=True), _TINY)
         given["z"] = target + draw["sigma"].reshape(-1, *[1] * (target.ndim - 1)) * draw["eps"]
     return given
 
@@ -210,54 +208,61 @@ class BlockMath:
 
     # ---------------------------------------------------------------------------------------------------------- plan
 
-    def plan(self, budget_bytes: int, micro_batch: int) -> Plan:
+    def plan(self, budget_bytes: int, at_most: int = 0, exactly: bool = False) -> Plan:
         """What training takes, measured here with weights of zero: steps of 1, 2, 4 ... examples, as many as fit.
 
         Args:
-            micro_batch: 0 to choose the largest that fits.
+            at_most: examples at a time; 0: the whole batch.
+            exactly: so many, not fewer.
 
         Raises:
             BudgetInfeasible: so many, or one example at a time, do not fit.
         """
         batch_size = self.spec.train.batch_size
+        largest = min(at_most or batch_size, batch_size)
         self._touch()
         idle = meter.usage().resident_bytes
+
+        def owners(taken_bytes: float) -> dict[str, int]:
+            return {
+                "runtime": idle - self.buffer_bytes + _LATER_BYTES,
+                "weights, gradients, moments": self.buffer_bytes,
+                "activations": int(taken_bytes * (1 + MARGIN_OF_ACTIVATIONS)),
+            }
+
+        def needed(taken_bytes: float) -> int:
+            return sum(owners(taken_bytes).values()) + MARGIN_BYTES
+
         sizes, taken, seconds = [1], *([one] for one in self._measured(1, idle))
-        # Few examples find room in what is there: the slope is that of the largest two that were measured.
-        while 2 * sizes[-1] <= (micro_batch or batch_size) and idle + 2 * taken[-1] < budget_bytes - MARGIN_BYTES:
+        # Few examples find room in what is there: the slope is that of the largest two that were measured. What a
+        # measurement takes stays taken: none is made of more than will fit.
+        while 2 * sizes[-1] <= largest and needed(2 * taken[-1]) <= budget_bytes:
             sizes.append(2 * sizes[-1])
             for known, one in zip((taken, seconds), self._measured(sizes[-1], idle), strict=True):
                 known.append(max(known[-1], one))
         slope = (taken[-1] - taken[-2]) / (sizes[-1] - sizes[-2]) if len(sizes) > 1 else taken[0]
 
-        def owners(count: int) -> dict[str, int]:
-            step = np.interp(count, sizes, taken) + slope * max(0, count - sizes[-1])
-            return {
-                "runtime": idle - self.buffer_bytes + _LATER_BYTES,
-                "weights, gradients, moments": self.buffer_bytes,
-                "activations": int(step * (1 + MARGIN_OF_ACTIVATIONS)),
-            }
+        def taken_by(count: int) -> float:
+            return float(np.interp(count, sizes, taken)) + slope * max(0, count - sizes[-1])
 
-        def needed(count: int) -> int:
-            return sum(owners(count).values()) + MARGIN_BYTES
-
-        count = micro_batch or batch_size
-        while not micro_batch and count > 1 and needed(count) > budget_bytes:
+        count = largest
+        while not exactly and count > 1 and needed(taken_by(count)) > budget_bytes:
             count = (count + 1) // 2
-        if needed(count) > budget_bytes:
-            largest = max(owners(count), key=lambda name: owners(count)[name])
-            fewer = "train.micro_batch=1" if count > 1 else "diffusion_blocks.num_blocks=..., more of them"
+        at_least, planned = needed(taken_by(largest if exactly else 1)), owners(taken_by(count))
+        if at_least > budget_bytes:
+            owner = max(planned, key=lambda name: planned[name])
+            fewer = ", or leave train.micro_batch out" if count > 1 else ""
             raise BudgetInfeasible(
-                f"the least this training can do with is {format_bytes(needed(count))}, over the budget of "
-                f"{format_bytes(budget_bytes)}; {largest} takes {format_bytes(owners(count)[largest])}",
-                f"Set --memory-budget {-(-needed(count) >> 20)}MiB, or --set {fewer}.",
+                f"the least this training can do with is {format_bytes(at_least)}, over the budget of "
+                f"{format_bytes(budget_bytes)}; {owner} takes {format_bytes(planned[owner])}",
+                f"Set --memory-budget {-(-at_least >> 20)}MiB{fewer}.",
             )
         trained = sum(member.nbytes for member in self.members if member.stage.trained)
         return Plan(
             budget_bytes=budget_bytes,
-            peak_bytes=sum(owners(count).values()),
-            smallest_budget_bytes=needed(micro_batch or 1),
-            owners=owners(count),
+            peak_bytes=sum(planned.values()),
+            smallest_budget_bytes=at_least,
+            owners=planned,
             choice=Choice(count, "keep", True),
             step_s=seconds[-1] / sizes[-1] * batch_size,
             session_bytes=session_bytes(self.spec, self.shapes),

@@ -30,7 +30,7 @@ from edgetrain.spec import Spec
 from edgetrain.store.disk import replace_file
 from edgetrain.units import format_bytes
 from exporters.graph import Storage
-from exporters.manifest import MODEL, LanguageManifest, TextManifest, block_file, read
+from exporters.manifest import LanguageManifest, TextManifest, read
 
 RTOL, ATOL = 1e-4, 1e-5
 _ALLOWED = {"fp16": 0.02, "int8": 0.15}
@@ -201,12 +201,12 @@ def is_whole_classifier(spec: Spec) -> bool:
     return spec.model.family == "vit" and spec.is_exact
 
 
-def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, NDArray[Any]]]]:
-    """(file, batch size, inputs by name) of everything that is compared; ``sigma`` as a block meets it."""
+def cases(spec: Spec, single_file: bool) -> Iterator[tuple[int, int, dict[str, NDArray[Any]]]]:
+    """(block, batch size, inputs by name) of everything that is compared; ``sigma`` as a block meets it. A single file
+    is that of block 0."""
     schedule = replace(spec.diffusion_blocks.noise, num_blocks=spec.num_blocks)
     width, image_shape, num_classes = spec.image_model.width, spec.image_model.image_shape, spec.image_model.num_classes
-    files = [MODEL] if single_file else [block_file(block) for block in range(spec.num_blocks)]
-    for block, file in enumerate(files):
+    for block in range(1 if single_file else spec.num_blocks):
         for count in BATCH_SIZES:
             images = uniform(_stream(_IMAGES, block), 0, count, int(np.prod(image_shape))) * 2 - 1
             unit = normal(_stream(_STATE, block), 0, count, width)
@@ -232,7 +232,7 @@ def cases(spec: Spec, single_file: bool) -> Iterator[tuple[str, int, dict[str, N
                 row = normal(_stream(_ROW, block), 0, count, width)
                 row /= np.linalg.norm(row, axis=1, keepdims=True)
                 inputs |= {"z": row + sigma[:, None] * unit, "sigma": sigma}
-            yield file, count, inputs
+            yield block, count, inputs
 
 
 def _stream(what: int, block: int) -> Stream:

@@ -193,10 +193,10 @@ def _images(session: Session, single_file: bool, outputs: io.BytesIO, budget_byt
     _warm_up(session.spec)
     parity.limit_memory(budget_bytes)
     model = Model(session)
-    by_file: dict[str, list[dict[str, Floats]]] = {}
-    for file, _, inputs in parity.cases(session.spec, single_file):
-        by_file.setdefault(file, []).append(inputs)
-    for block, batches in enumerate(by_file.values()):
+    by_block: dict[int, list[dict[str, Floats]]] = {}
+    for block, _, inputs in parity.cases(session.spec, single_file):
+        by_block.setdefault(block, []).append(inputs)
+    for block, batches in by_block.items():
         given = {name: [inputs[name] for inputs in batches] for name in batches[0]}
         if parity.is_whole_classifier(session.spec):
             computed = model.classes(**given)

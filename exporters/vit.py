@@ -1,6 +1,6 @@
 """The vision transformer of ``edgetrain.models.vit`` as ONNX graphs; the same names and the same mathematics.
 
-Conditions are (m, ...) where m is n or 1: in the unrolled graph sigma is a constant, and what follows from it alone
+Conditions are (m, ...) where m is n or 1: in the graph of a chain sigma is a constant, and what follows from it alone
 is computed once, when the model loads.
 """
 

@@ -76,8 +76,10 @@ class OnnxRuntime:
         ort_training.check(spec)
         self._shapes = block_shapes(spec) if found is None else found.shapes
         self._math = ort_training.BlockMath(spec, self._shapes, self._threads)
-        own = 0 if found is None else max(found.progress(block).micro_batch for block in range(spec.num_blocks))
-        return self._math.plan(budget, own or spec.train.micro_batch)
+        if found is None:
+            return self._math.plan(budget, spec.train.micro_batch, exactly=spec.train.micro_batch > 0)
+        # A smaller one is taken over where the session's own does not fit.
+        return self._math.plan(budget, max(found.progress(block).micro_batch for block in range(spec.num_blocks)))
 
     def start(self) -> None:
         """Planning has."""

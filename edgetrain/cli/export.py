@@ -34,7 +34,7 @@ _HF_NEEDED_BYTES = 8 << 20
     help="onnx; hf, of a pretrained language model: a folder for transformers, or of an adapter one for peft; "
     "ort-training, of a model in blocks: what onnxruntime's training API takes.  [onnx]",
 )
-@click.option("--single-file", is_flag=True, help="onnx: one model.onnx; of a classifier the chain unrolled.")
+@click.option("--single-file", is_flag=True, help="onnx: one model.onnx; of a classifier in blocks the whole chain.")
 @click.option("--int8", is_flag=True, help="onnx: 8-bit matrices in layers, a scale for each output channel.")
 @click.option("--fp16", is_flag=True, help="onnx: 16-bit matrices and tables, for GPUs.")
 @click.option("--merge", is_flag=True, help="Add a LoRA adapter to the weights; of hf the whole model.")

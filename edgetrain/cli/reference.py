@@ -40,12 +40,11 @@ def referenced(session: Path, to: Path, single_file: bool, budget_bytes: int | N
         reference = Reference(**brought["reference"])
         os.set_inheritable(reference.descriptor, False)
         return reference
-    folder = to.absolute().parent
+    graphs = graphs_of(to)
+    folder = graphs.parent
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
     os.set_inheritable(file.fileno(), True)
-    graphs = graphs_of(to)
     with disk_errors(folder):
         shutil.rmtree(graphs, ignore_errors=True)  # what a kill left
     told = {"request": request, "descriptor": file.fileno(), "graphs": str(graphs), "command": sys.orig_argv[1:]}
@@ -53,8 +52,12 @@ def referenced(session: Path, to: Path, single_file: bool, budget_bytes: int | N
 
 
 def graphs_of(to: Path) -> Path:
-    """Where torch leaves the graphs of a stack of somebody's own, until they are part of the export at ``to``."""
-    return to.absolute().with_name(f".{to.name}.graphs")
+    """Where torch leaves the graphs of a stack of somebody's own, until they are part of the export at ``to``: beside
+    it, or where the first of the folders would be that are not there yet."""
+    place = to.absolute()
+    while not place.parent.exists():
+        place = place.parent
+    return place.with_name(f".{place.name}.graphs")
 
 
 def main() -> None:

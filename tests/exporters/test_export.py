@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnxruntime import InferenceSession
 from safetensors import safe_open
 
 from edgetrain.errors import SessionCorrupt, SessionLocked, UsageError
 from edgetrain.session import Session
 from exporters import weights
-from exporters.graph import Stored
+from exporters.graph import Graph, Stored
 from exporters.manifest import Manifest, block_file
 from exporters.onnx import stage
 from exporters.reference import Model
@@ -81,6 +82,29 @@ def test_single_file_is_the_chain(session: Session, tmp_path: Path) -> None:
         one, other = (Predictor(folder).predict(images[3], 40, draws=draws) for folder in (blocks, single))
         np.testing.assert_allclose(one.probabilities, other.probabilities, 1e-5, 2e-6)
         np.testing.assert_allclose(one.sigma_max_probabilities, other.sigma_max_probabilities, 1e-5, 2e-6)
+
+
+def test_many_ways_are_chosen_among_by_halves() -> None:
+    """A file may not be nested much deeper than some thirty Ifs in each other."""
+    graph = Graph("choice", {})
+    number = graph.tensor("number", "int64")
+
+    def way(own: int) -> str:
+        return graph.op("Identity", graph.floats([float(own)]))
+
+    def is_before(own: int) -> str:
+        return graph.op("Less", number, graph.number(own))
+
+    graph.result("out", graph.choose_owner(0, 100, is_before, way, 1), 1)
+    model = graph.model({}, "", {})
+
+    def depth(nodes: Any) -> int:
+        return max((1 + depth(one.g.node) for node in nodes for one in node.attribute if one.HasField("g")), default=0)
+
+    assert depth(model.graph.node) == 7
+    session = InferenceSession(model.SerializeToString())
+    for own in (0, 1, 49, 50, 98, 99):
+        assert session.run(None, {"number": np.array(own)})[0] == own
 
 
 def test_a_long_chain_is_a_loop(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from exporters.reference import compute
 from tests.exporters.common import make_session, run_python
 from tests.exporters.test_ort_training import SPECS, dataset_of, new_session, spec_of
 from tests.test_dit import run
+from tests.text_families import VOCABULARY
 
 _STEPS, _LR = 20, 3e-4
 
@@ -92,6 +93,25 @@ def test_every_family_is_compared(name: str, tmp_path: Path) -> None:
         rows = parity.check(session.path, staged.folder, compute(session, False, file.fileno(), None), None)
     assert [row["output"] for row in rows] == ["loss"] * session.spec.num_blocks
     assert all(row["max_rel"] < 1e-5 for row in rows)
+
+
+def test_what_examples_are_made_of_is_told(tmp_path: Path) -> None:
+    """For programs that have no edgetrain."""
+    told = {}
+    for name in ("dit", "masked", "ar"):
+        session = make_session(tmp_path / name / "s", SPECS[name])
+        with stage_artifacts(session, tmp_path / name / "x") as staged:
+            staged.publish()
+        told[name] = json.loads((tmp_path / name / "x" / "manifest.json").read_text())["draws"]
+        drawn = block_draws(session.spec, training_batches(session.spec, dataset_of(session.spec, tmp_path)))
+        for block in range(session.spec.num_blocks):
+            level = "t" if name == "masked" else "sigma"
+            low, high = told[name][level][block]
+            levels = np.concatenate([drawn(block, step, 0, 8)[level] for step in range(20)])
+            assert low * 0.999 <= levels.min() < levels.max() <= high * 1.001
+            assert levels.max() - levels.min() > 0.5 * (high - low) * (level == "t")
+    assert (told["ar"]["codebook"], told["masked"]["mask"]) == ("codebook.rows", VOCABULARY)
+    assert told["dit"]["image_shape"] == [1, 8, 8]
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -261,12 +261,27 @@ def test_a_budget_that_is_too_small_is_refused() -> None:
     spec = spec_of()
     math = BlockMath(spec, block_shapes(spec), 1)
     with pytest.raises(BudgetInfeasible, match="the least this training can do with"):
-        math.plan(50 << 20, 0)
-    assert math.plan(4 << 30, 0).choice.micro_batch == 16
+        math.plan(50 << 20)
+    assert math.plan(4 << 30).choice.micro_batch == 16
     assert math.plan(4 << 30, 5).choice.micro_batch == 5
     with pytest.raises(BudgetInfeasible) as refused:  # what was asked for is not changed
-        math.plan(50 << 20, 16)
-    assert "--set train.micro_batch=1" in refused.value.hint
+        math.plan(50 << 20, 16, exactly=True)
+    assert "leave train.micro_batch out" in refused.value.hint
+
+
+_LARGER = ["--recipe", "dit-digits", "--set", "model.width=128", "--set", "model.depth=3", "--set", "model.patch=1",
+           "--set", "train.visit_steps=2", "--backend", "ort", "--threads", "1"]  # fmt: skip
+
+
+def test_what_does_not_fit_is_not_measured_and_a_smaller_budget_goes_on(tmp_path: Path) -> None:
+    """A measurement keeps what it took. A session whose micro-batch does not fit any more takes a smaller one."""
+    first = run("train", tmp_path / "s", *_LARGER, "--memory-budget", "252MiB", "--steps", 2)
+    assert 1 < first["micro_batch"] < 64
+    assert first["peak_bytes"] == pytest.approx(first["plan_peak_bytes"], rel=0.1)
+    more = ("--backend", "ort", "--threads", 1)
+    second = run("train", tmp_path / "s", "--memory-budget", "140MiB", "--steps", 4, *more)
+    assert second["micro_batch"] < first["micro_batch"] and second["step"] == 4
+    assert second["peak_bytes"] < 140 << 20
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:

@@ -80,8 +80,9 @@ def test_one_changed_weight_fails_and_nothing_is_published(
 
 
 def test_too_small_a_budget_is_named(session: Session, tmp_path: Path) -> None:
-    done = command(session, tmp_path / "e", "--memory-budget", "100MiB")
-    assert (done.returncode, done.stdout) == (8, "")
+    """No folder is left that was made for it."""
+    done = command(session, tmp_path / "new" / "deep" / "e", "--memory-budget", "100MiB")
+    assert (done.returncode, done.stdout, list(tmp_path.iterdir())) == (8, "", [])
     assert "the 100.0 MiB that the budget leaves for it" in done.stderr
     folder = export(session, tmp_path / "e")
     with pytest.raises(BudgetBroken, match="the budget leaves for it"):
