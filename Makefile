@@ -19,8 +19,9 @@ demo: $(STAMP)
 	$(BIN)/edgetrain export demo/session --to demo/onnx
 	$(BIN)/edgetrain predict demo/onnx --data digits
 
+# Two processes: most of a test's time is that of the commands that it runs.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

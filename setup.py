@@ -10,7 +10,7 @@ HAS_ORT_TRAINING = "sys_platform == 'linux' and platform_machine == 'x86_64' and
 NO_ORT_TRAINING = "sys_platform != 'linux' or platform_machine != 'x86_64' or python_version >= '3.12'"
 
 # transformers and peft are what imported and exported models are compared with.
-TEST = ["pytest>=8,<10", "safetensors>=0.6,<1", "transformers>=5.0,<6", "peft>=0.18,<1"]
+TEST = ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "safetensors>=0.6,<1", "transformers>=5.0,<6", "peft>=0.18,<1"]
 
 setup(
     name="edgetrain",

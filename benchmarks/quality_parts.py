@@ -44,6 +44,10 @@ TEXT: dict[str, Changes] = {
         "diffusion_blocks.sigma_max": 10.0, "diffusion_blocks.p_mean": -0.5, "diffusion_blocks.p_std": 0.8,
     },
     "gates start at 0": {"diffusion_blocks.gate": 0.0},
+    "a stem that stays as it began": {"diffusion_blocks.stem": "frozen"},
+    "z scaled by c_in of sigma_data .5": {
+        "diffusion_blocks.preconditioning": "edm", "diffusion_blocks.skip": "false", "diffusion_blocks.sigma_data": 0.5,
+    },
 }  # fmt: skip
 _IMAGES = {"train.visit_steps": 500, "optimizer.lr": 2e-3}
 IMAGES: dict[str, Changes] = {
@@ -59,6 +63,10 @@ IMAGES: dict[str, Changes] = {
     "one stream": {"diffusion_blocks.streams": 1},
     "the paper's noise levels": _PAPERS_LEVELS,
     "gates start at 0": {"diffusion_blocks.gate": 0.0},
+    "a stem that stays as it began": {"diffusion_blocks.stem": "frozen"},
+    "z scaled by c_in of sigma_data .5": {
+        "diffusion_blocks.preconditioning": "edm", "diffusion_blocks.sigma_data": 0.5,
+    },
 }  # fmt: skip
 
 

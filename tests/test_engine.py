@@ -317,7 +317,8 @@ def test_a_block_trains_as_in_a_plain_torch_loop(preset, digits, tmp_path):
         {"params": [p for n, p in named if n.endswith(".weight")], "weight_decay": 0.3},
         {"params": [p for n, p in named if not n.endswith(".weight")], "weight_decay": 0.0},
     ])  # fmt: skip
-    objective = diffusion_blocks(spec, batches_of(spec, digits))
+    batches = batches_of(spec, digits)
+    objective = diffusion_blocks(spec, batches)
     norms = []
     for step in range(spec.train.steps):
         for group in optimizer.param_groups:
@@ -328,7 +329,7 @@ def test_a_block_trains_as_in_a_plain_torch_loop(preset, digits, tmp_path):
         norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, 1.0)))
         optimizer.step()
     assert max(norms) > 1, "or clipping is not tested"
-    engine_steps = run_engine(session, objective.batches, 1, spec.train.steps)
+    engine_steps = run_engine(session, batches, 1, spec.train.steps)
     assert [step.gradient_norm for step in engine_steps] == pytest.approx(norms, rel=1e-3)
     for stage, module in zip(stages, modules, strict=True):
         for name, found in tensors(session, stage, "weight" if stage.trained else "frozen").items():
