@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgetrain.noise import loss_weight
 from edgetrain.session import Session
 from edgetrain.spec import LanguageModelSpec, Spec, TextModelSpec
 from edgetrain.stages import exact_stages, largest_block
@@ -108,8 +109,7 @@ def _loss_of(
     """Some targets, by name, and the loss of what torch computed, in float64."""
     if spec.model.family == "dit":
         images = inputs["z"] / np.float32(2)
-        sigma = inputs["sigma"].astype(np.float64)
-        weight = (sigma**2 + spec.sigma_data**2) / (sigma * spec.sigma_data) ** 2
+        weight = loss_weight(inputs["sigma"].astype(np.float64), spec.sigma_data)
         error = ((outputs["denoised"].astype(np.float64) - images) ** 2).mean((1, 2, 3))
         return {"images": images}, float((weight * error).sum() / spec.train.batch_size)
     logits = outputs["logits"].astype(np.float64)
