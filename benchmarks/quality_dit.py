@@ -15,8 +15,8 @@ from common import edgetrain, progress, report
 from quality import Arm, Scores, Study, difference, quality_parser, split_train_set, where
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
-_BASE = {"model.width": 64, "model.patch": 4, "train.visit_steps": 100}
-_LRS = (2e-3,)
+_BASE = {"model.width": 64, "model.patch": 4, "model.neighbours": 1, "train.visit_steps": 100}
+_LRS = (8e-3, 1.6e-2, 3.2e-2)
 ARMS = [
     Arm("end to end, 6 layers", _BASE | {"train.objective": "exact"}, lrs=_LRS),
     Arm("end to end, 2 layers", _BASE | {"train.objective": "exact", "model.depth": 2,

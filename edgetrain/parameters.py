@@ -14,7 +14,7 @@ Shapes = dict[str, tuple[int, ...]]
 _EMBEDDINGS = {"positions", "clean_condition", "token", "tokens", "classes"}
 _EMBEDDING_STD = 0.5
 """Positions must count beside patches of size 1: with the usual .02 the digits end 45 points lower after 400 steps."""
-_FROM_ZERO = {"modulation", "readout", "auxiliary"}
+_FROM_ZERO = {"modulation", "readout", "auxiliary", "around"}
 
 
 def initial_values(spec: Spec, name: str, normal: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -51,8 +51,10 @@ def block_shapes(spec: Spec) -> dict[str, Shapes]:
 def _of_images(spec: Spec) -> dict[str, Shapes]:
     """What only these have."""
     model, method = spec.image_model, spec.diffusion_blocks
-    width, pixels = model.width, model.image_shape[0] * model.patch**2
+    width, pixels = model.width, model.patch_pixels
     stem = _linear("patches", pixels, width) | {"positions": (model.num_patches, width)}
+    if model.neighbours:
+        stem["around.weight"] = (width, model.num_around * pixels)
     if model.family == "dit":
         stem |= {"classes": (model.num_classes + 1, width)}
         head = _linear("readout", width, pixels)

@@ -24,7 +24,8 @@ class ModelSpec:
     """The architecture: a classifier of images (vit), or a generator of images of a class (dit).
 
     ``image_shape`` (channels, height, width) and ``num_classes`` come from the data. ``class_dropout``: the part of a
-    dit's training images whose class is withheld, for guidance without a classifier.
+    dit's training images whose class is withheld, for guidance without a classifier. ``neighbours``: the token of a
+    patch is also given the pixels of so many patches on each side.
     """
 
     family: Literal["vit", "dit"] = "vit"
@@ -34,6 +35,7 @@ class ModelSpec:
     patch: int = 4
     mlp_ratio: int = 4
     class_dropout: float = 0.1
+    neighbours: int = 0
     image_shape: tuple[int, ...] = ()
     num_classes: int = 0
 
@@ -41,6 +43,7 @@ class ModelSpec:
         for name in ("width", "depth", "heads", "patch", "mlp_ratio"):
             require(getattr(self, name) >= 1, f"model.{name} must be at least 1, it is {getattr(self, name)}")
         require(self.width % self.heads == 0, f"model.width {self.width} is not divisible by {self.heads} heads")
+        require(self.neighbours >= 0, f"model.neighbours is {self.neighbours}, below 0")
         require(0 <= self.class_dropout < 1, f"model.class_dropout is {self.class_dropout}, not at least 0 and below 1")
         if self.image_shape:
             require(
@@ -54,11 +57,26 @@ class ModelSpec:
                 f"images of {height}x{width} pixels do not divide into patches of {self.patch}x{self.patch}",
                 f"Set model.patch to a divisor of {height} and {width}.",
             )
+            most = max(height, width) // self.patch - 1
+            require(
+                self.neighbours <= most,
+                f"model.neighbours is {self.neighbours}, and no patch of these images has more than {most} on a side",
+            )
 
     @property
     def num_patches(self) -> int:
         _, height, width = self.image_shape
         return (height // self.patch) * (width // self.patch)
+
+    @property
+    def patch_pixels(self) -> int:
+        """Numbers in a patch."""
+        return self.image_shape[0] * self.patch**2
+
+    @property
+    def num_around(self) -> int:
+        """Patches around one of which its token is given the pixels."""
+        return (2 * self.neighbours + 1) ** 2 - 1
 
 
 @dataclass(frozen=True)

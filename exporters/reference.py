@@ -256,9 +256,11 @@ def _warm_up(spec: Spec) -> None:
     from edgetrain.models import build_family, build_network, dit
     from edgetrain.models.codebook import enter, read_out
 
-    small = replace(
-        spec, model=replace(spec.image_model, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2)
+    neighbours = min(spec.image_model.neighbours, 1)
+    model = replace(
+        spec.image_model, width=8, heads=2, patch=1, image_shape=(1, 2, 2), num_classes=2, neighbours=neighbours
     )
+    small = replace(spec, model=model)
     family = build_family(small)
     with torch.inference_mode():
         z, sigma, images = torch.ones(2, 8), torch.ones(2), torch.ones(2, 1, 2, 2)

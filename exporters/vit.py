@@ -6,6 +6,7 @@ is computed once, when the model loads.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -113,13 +114,30 @@ class Transformer:
 
     def _clean_tokens(self, images: str) -> str:
         """(n, C, H, W) -> (n, patches, width)."""
-        g, p = self.graph, self.spec.image_model.patch
-        channels, height, width = self.spec.image_model.image_shape
+        g, model = self.graph, self.spec.image_model
+        p, (channels, height, width) = model.patch, model.image_shape
         grid = g.reshape(images, -1, channels, height // p, p, width // p, p)
-        patches = g.op("Transpose", grid, perm=[0, 2, 4, 1, 3, 5])
-        patches = g.reshape(patches, -1, self.spec.image_model.num_patches, channels * p * p)
-        tokens = g.linear(patches, f"{self.stem}.patches", self.spec.image_model.num_patches)
-        return g.op("Add", tokens, g.weight(f"{self.stem}.positions"))
+        grid = g.op("Transpose", grid, perm=[0, 2, 4, 1, 3, 5])
+        patches = g.reshape(grid, -1, model.num_patches, model.patch_pixels)
+        tokens = g.linear(patches, f"{self.stem}.patches", model.num_patches)
+        tokens = g.op("Add", tokens, g.weight(f"{self.stem}.positions"))
+        if not model.neighbours:
+            return tokens
+        around = self._around(g.reshape(grid, -1, height // p, width // p, model.patch_pixels))
+        return g.op("Add", tokens, g.linear(around, f"{self.stem}.around", model.num_patches))
+
+    def _around(self, grid: str) -> str:
+        """Patches (n, rows, columns, pixels of one) -> those around each, (n, patches, num_around * pixels)."""
+        g, model = self.graph, self.spec.image_model
+        reach, (_, height, width) = model.neighbours, model.image_shape
+        rows, columns = height // model.patch, width // model.patch
+        padded = g.op("Pad", grid, g.ints(0, reach, reach, 0, 0, reach, reach, 0))
+        seen = [
+            g.op("Slice", padded, g.ints(y, x), g.ints(y + rows, x + columns), g.ints(1, 2))
+            for y, x in itertools.product(range(2 * reach + 1), repeat=2)
+            if (y, x) != (reach, reach)
+        ]
+        return g.reshape(g.op("Concat", *seen, axis=3), -1, model.num_patches, model.num_around * model.patch_pixels)
 
     def _layer(
         self, layer: str, x: str, tokens: int, condition: str, seen: KeyValue | None = None

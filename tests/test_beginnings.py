@@ -20,6 +20,7 @@ _IMAGES = {"model": {"width": 16, "depth": 2, "heads": 2, "patch": 4, "image_sha
            "train": {"batch_size": 8, "micro_batch": 8}}  # fmt: skip
 SPECS: dict[str, Spec] = {
     "vit": resolve(_IMAGES), "dit": resolve(_IMAGES, {"model.family": "dit"}),
+    "dit, neighbours": resolve(_IMAGES, {"model.family": "dit", "model.neighbours": 1}),
     **{family: small(family, model__depth=2) for family in ("masked", "ar", "recurrent")},
 }  # fmt: skip
 KNOWN: dict[str, tuple[list[float], dict[str, float]]] = {
@@ -29,6 +30,10 @@ KNOWN: dict[str, tuple[list[float], dict[str, float]]] = {
     ),
     "dit": (
         [131.270998, 253.815017, 0.0],
+        {"images": 535.844808, "labels": 590.625, "sigma": 0.569864536, "eps": 775.681823},
+    ),
+    "dit, neighbours": (
+        [179.090488, 253.815017, 0.0],
         {"images": 535.844808, "labels": 590.625, "sigma": 0.569864536, "eps": 775.681823},
     ),
     "masked": (

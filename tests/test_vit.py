@@ -157,15 +157,26 @@ def test_a_one_stream_layer_attends_to_everything():
     torch.testing.assert_close(done, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("neighbours", [0, 1, 2])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_stem_in_plain_pytorch(channels):
-    spec = small(model__image_shape=[channels, 8, 12], model__patch=4, diffusion_blocks__preconditioning="edm")
+def test_the_stem_in_plain_pytorch(channels, neighbours):
+    spec = small(
+        model__image_shape=[channels, 8, 12], model__patch=4, model__neighbours=neighbours,
+        diffusion_blocks__preconditioning="edm",
+    )  # fmt: skip
     block = random_block(spec)
     stem: Any = block.stem
     images, z, sigma = random_inputs(spec)
     boundary = enter(spec, stem, block.rows, images, z, sigma)
-    weight = stem.patches.weight.reshape(16, channels, 4, 4)
-    patches = torch.nn.functional.conv2d(images, weight, stem.patches.bias, stride=4)
+    weight = stem.patches.weight[:, None]
+    if neighbours:  # those around a patch row by row, itself in the middle of them
+        around = stem.around.weight.unflatten(1, (-1, channels * 16))
+        before, after = around.chunk(2, 1)
+        weight = torch.cat([before, weight, after], 1)
+    side = 2 * neighbours + 1
+    weight = weight.reshape(16, side, side, channels, 4, 4).permute(0, 3, 1, 4, 2, 5)  # (width, C, side, 4, side, 4)
+    weight = weight.reshape(16, channels, 4 * side, 4 * side)
+    patches = torch.nn.functional.conv2d(images, weight, stem.patches.bias, stride=4, padding=4 * neighbours)
     tokens = patches.flatten(2).transpose(1, 2) + stem.positions
     torch.testing.assert_close(boundary.carried["clean"], tokens, rtol=1e-4, atol=1e-5)
     c_in = 1 / torch.sqrt(sigma**2 + 1 / 16)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgetrain import noise
 from edgetrain.models.base import Boundary, Family, Network, network_input
-from edgetrain.models.vit import PatchStem, ViTLayer, modulate
+from edgetrain.models.vit import TimedPatchStem, ViTLayer, modulate
 from edgetrain.parameters import decays
 from edgetrain.spec import ModelSpec, Spec
 from edgetrain.training_data import Batches, NoisyBatches, guess
@@ -31,7 +31,7 @@ def unpatch(pixels: Tensor, image_shape: tuple[int, ...], patch: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
 
 
-class Stem(PatchStem):
+class Stem(TimedPatchStem):
     """Patches of the noisy image; the condition is made of the noise level and of the class, the last row being that
     of no class."""
 
@@ -52,7 +52,7 @@ class Head(nn.Module):
         super().__init__()
         self.image_shape, self.patch = model.image_shape, model.patch
         self.modulation = nn.Linear(model.width, 2 * model.width)
-        self.readout = nn.Linear(model.width, model.image_shape[0] * model.patch * model.patch)
+        self.readout = nn.Linear(model.width, model.patch_pixels)
 
     def forward(self, boundary: Boundary) -> Tensor:
         """F(c_in * z; c_noise, class), (n, C, H, W)."""

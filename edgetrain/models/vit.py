@@ -7,6 +7,7 @@ condition, so they serve any number of denoising steps; with one stream all toke
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,27 +49,46 @@ def embed_noise(c_noise: Tensor, time_in: nn.Linear, time_out: nn.Linear) -> Ten
 
 
 class PatchStem(nn.Module):
-    """Patches, positions, and the embedding of a noise level."""
+    """Patches and positions. With ``neighbours`` a patch's token is also given a linear map of the pixels of so many
+    patches on each side of it, nothing beyond the edges: what is near needs no layer then."""
 
     def __init__(self, model: ModelSpec) -> None:
         super().__init__()
-        width = model.width
-        self.patch = model.patch
-        self.patches = nn.Linear(model.image_shape[0] * model.patch * model.patch, width)
-        self.positions = nn.Parameter(torch.empty(model.num_patches, width))
-        self.time_in = nn.Linear(2 * NUM_FREQUENCIES, width)
-        self.time_out = nn.Linear(width, width)
+        self.image_shape, self.patch, self.neighbours = model.image_shape, model.patch, model.neighbours
+        self.patches = nn.Linear(model.patch_pixels, model.width)
+        self.positions = nn.Parameter(torch.empty(model.num_patches, model.width))
+        if model.neighbours:
+            self.around = nn.Linear(model.num_around * model.patch_pixels, model.width, bias=False)
 
     def tokens_of(self, images: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, patches, width)."""
-        return self.patches(patch_pixels(images, self.patch)) + self.positions
+        pixels = patch_pixels(images, self.patch)
+        tokens = self.patches(pixels) + self.positions
+        return tokens + self.around(self._around(pixels)) if self.neighbours else tokens
+
+    def _around(self, pixels: Tensor) -> Tensor:
+        """Of patches (n, patches, pixels of one), those around each, row by row: (n, patches, num_around * pixels)."""
+        reach, rows, columns = self.neighbours, *(size // self.patch for size in self.image_shape[1:])
+        grid = F.pad(pixels.unflatten(1, (rows, columns)), (0, 0, reach, reach, reach, reach))
+        places = itertools.product(range(2 * reach + 1), repeat=2)
+        seen = [grid[:, y : y + rows, x : x + columns] for y, x in places if (y, x) != (reach, reach)]
+        return torch.cat(seen, -1).flatten(1, 2)
+
+
+class TimedPatchStem(PatchStem):
+    """The same, and the embedding of a noise level."""
+
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__(model)
+        self.time_in = nn.Linear(2 * NUM_FREQUENCIES, model.width)
+        self.time_out = nn.Linear(model.width, model.width)
 
     def embed_time(self, c_noise: Tensor) -> Tensor:
         """c_noise (n,) -> (n, width)."""
         return embed_noise(c_noise, self.time_in, self.time_out)
 
 
-class Stem(PatchStem):
+class Stem(TimedPatchStem):
     """That of the classifier: the noisy token beside the patches, and the condition."""
 
     def __init__(self, model: ModelSpec, streams: int) -> None:
@@ -172,20 +192,17 @@ class Head(nn.Module):
         return self.auxiliary(F.layer_norm(mean, mean.shape[-1:], eps=_EPS))
 
 
-class ClassifierStem(nn.Module):
-    """Patches and positions after a token that is to be read, and a learned constant in place of the condition."""
+class ClassifierStem(PatchStem):
+    """Patches after a token that is to be read, and a learned constant in place of the condition."""
 
-    def __init__(self, image_shape: tuple[int, ...], patch: int, num_patches: int, width: int) -> None:
-        super().__init__()
-        self.patch = patch
-        self.patches = nn.Linear(image_shape[0] * patch * patch, width)
-        self.positions = nn.Parameter(torch.empty(num_patches, width))
-        self.token = nn.Parameter(torch.empty(width))
-        self.clean_condition = nn.Parameter(torch.empty(width))
+    def __init__(self, model: ModelSpec) -> None:
+        super().__init__(model)
+        self.token = nn.Parameter(torch.empty(model.width))
+        self.clean_condition = nn.Parameter(torch.empty(model.width))
 
     def forward(self, images: Tensor) -> Boundary:
         """images (n, C, H, W)."""
-        patches = self.patches(patch_pixels(images, self.patch)) + self.positions
+        patches = self.tokens_of(images)
         token = self.token.expand(len(images), 1, -1)
         condition = F.silu(self.clean_condition)[None, None]  # (1, 1, width)
         return Boundary({"tokens": torch.cat([token, patches], 1)}, {"condition": condition})
@@ -217,7 +234,7 @@ class ClassifierNetwork(Network):
     def build(self, kind: str) -> nn.Module:
         model = self.spec.image_model
         if kind == "stem":
-            return ClassifierStem(model.image_shape, model.patch, model.num_patches, model.width)
+            return ClassifierStem(model)
         return Head(model.width, model.num_classes, False) if kind == "head" else self.family.build(kind)
 
     def draw(self, step: int, first: int, count: int) -> Mapping[str, NDArray[Any]]:

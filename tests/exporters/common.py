@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model.image_shape": [3, 6, 4],
     },
     "one block": {"diffusion_blocks.num_blocks": 1},
+    "neighbours": {"model.neighbours": 1, "model.patch": 2, "model.image_shape": [3, 6, 4]},
 }
 
 

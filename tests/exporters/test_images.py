@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "paper, colour": {"diffusion_blocks.preset": "paper", "model.image_shape": [3, 4, 6], "model.patch": 2},
     "one block": {"diffusion_blocks.num_blocks": 1},
     "exact": {"train.objective": "exact"},
+    "neighbours, colour": {"model.neighbours": 2, "model.image_shape": [3, 4, 6], "model.patch": 2},
+    "exact, neighbours": {"train.objective": "exact", "model.neighbours": 1, "model.patch": 2},
 }
 
 

@@ -56,7 +56,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one stream, log-likelihoods": {"diffusion_blocks.streams": 1, "diffusion_blocks.skip": True},
     "frozen stems": {"diffusion_blocks.stem": "frozen"},
     "uneven blocks": {"model.depth": 3},
+    "neighbours": {"model.neighbours": 1},
     "dit": {"model.family": "dit"},
+    "dit, neighbours": {"model.family": "dit", "model.neighbours": 1},
     "dit, paper": {"model.family": "dit", "diffusion_blocks.preset": "paper", "model.depth": 3},
 }
 _FROZEN = {"diffusion_blocks__codebook": "frozen"}
