@@ -24,7 +24,7 @@ from edgetrain.data import Dataset, to_float
 from edgetrain.errors import UsageError
 from edgetrain.image_sampling import ImageSampler, Output
 from edgetrain.models import build_family, build_network
-from edgetrain.models.dit import DenoisingNetwork, denoised, unpatch, weighted_error
+from edgetrain.models.dit import DenoisingNetwork, denoised, unpatch, weighted_errors
 from edgetrain.models.vit import patch_pixels
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.plan import StreamedChoice
@@ -33,7 +33,7 @@ from edgetrain.session import Session
 from edgetrain.spec import Spec
 from edgetrain.training_data import NoisyBatches, training_batches
 from tests import language_models as exact
-from tests.test_engine import complete, new_session, state
+from tests.block_sessions import complete, new_session, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,8 +82,8 @@ def test_the_error_is_that_of_the_networks_output() -> None:
     z = y + s * eps
     norm = s**2 + sd**2
     target = (y - sd**2 / norm * z) / (s * sd / norm.sqrt())
-    found = weighted_error(spec, output, {"images": y, "eps": eps, "sigma": sigma})
-    torch.testing.assert_close(found, (output - target).square().mean((1, 2, 3)).sum())
+    found = weighted_errors(spec, output, {"images": y, "eps": eps, "sigma": sigma})
+    torch.testing.assert_close(found, (output - target).square().mean((1, 2, 3)))
     torch.testing.assert_close(denoised(spec, target, z, sigma), y)
 
 

@@ -88,11 +88,11 @@ def denoised(spec: Spec, output: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
     return c_skip * z + c_out * output
 
 
-def weighted_error(spec: Spec, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """The sum over examples of w(sigma) |D - y|^2 / pixels (EDM, equation 8); w(sigma) c_out^2 = 1."""
+def weighted_errors(spec: Spec, output: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Of each example w(sigma) |D - y|^2 / pixels (EDM, equation 8), (n,); w(sigma) c_out^2 = 1."""
     sigma = batch["sigma"]
     error = (denoised(spec, output, noisy(batch), sigma) - batch["images"]).square().mean((1, 2, 3))
-    return (noise.loss_weight(sigma, spec.sigma_data) * error).sum()
+    return noise.loss_weight(sigma, spec.sigma_data) * error
 
 
 class DenoisingNetwork(Network):
@@ -122,7 +122,7 @@ class DenoisingNetwork(Network):
         return advanced
 
     def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
-        return weighted_error(self.spec, head(boundary), batch) / self.spec.train.batch_size
+        return weighted_errors(self.spec, head(boundary), batch).sum() / self.spec.train.batch_size
 
     def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:
         return decays(name)
