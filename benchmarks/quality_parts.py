@@ -78,15 +78,12 @@ GENERATOR: dict[str, Changes] = {
     "6 layers as a whole": _WHOLE,
     "calibrated": {},
     "no pixels of the patches around": {"model.neighbours": 0},
-    "those of two patches on each side": {"model.neighbours": 2},
     "gates start at .5": {"diffusion_blocks.gate": 0.5},
     "bands overlap by .15": {"diffusion_blocks.overlap": 0.15},
     "sigma_data .5": {"diffusion_blocks.sigma_data": 0.5},
     "a stem that stays as it began": {"diffusion_blocks.stem": "frozen"},
     "learning rate 2e-3": {"optimizer.lr": 2e-3},
-    "learning rate 8e-3": {"optimizer.lr": 8e-3},
     "6 layers as a whole, no pixels of the patches around": _WHOLE | {"model.neighbours": 0},
-    "6 layers as a whole, learning rate 2e-3": _WHOLE | {"optimizer.lr": 2e-3},
 }
 
 
