@@ -16,7 +16,7 @@ from edgetrain.architectures import (
 )
 from edgetrain.errors import UsageError
 from edgetrain.spec import LanguageModelSpec
-from tests.test_checkpoint import MODELS, ROOT, SPECS, make_model
+from tests.checkpoints import MODELS, ROOT, SPECS, make_model
 
 GPT2 = SPECS["gpt2"]
 LLAMA = SPECS["llama"]

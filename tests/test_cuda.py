@@ -21,7 +21,7 @@ from edgetrain.errors import BudgetBroken
 from edgetrain.governor import Governor
 from edgetrain.plan import Choice
 from edgetrain.stages import exact_stages
-from tests import language_models, test_doctor, test_engine, test_streamed, text_families
+from tests import block_sessions, language_models, test_doctor, test_streamed, text_families
 from tests.language_models import cut_small
 from tests.text_families import FAMILIES, Cycling
 
@@ -36,14 +36,14 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.parametrize("name", ["calibrated", "paper", "auxiliary", "frozen stem"])
 def test_blocks_of_a_classifier(name: str, digits: Dataset, tmp_path: Path) -> None:
-    spec = test_engine.SPECS[name]
-    reference = test_engine.complete(tmp_path / "cpu", spec, digits)
+    spec = block_sessions.SPECS[name]
+    reference = block_sessions.complete(tmp_path / "cpu", spec, digits)
     done = {}
     for activations, resident in itertools.product(("keep", "recompute", "offload"), (True, False)):
         path = tmp_path / f"{activations} {resident}"
         choice = Choice(8, activations, resident)
-        done[activations, resident] = test_engine.complete(path, spec, digits, choice=choice, device="cuda")
-    states = [test_engine.state(one.session) for one in done.values()]
+        done[activations, resident] = block_sessions.complete(path, spec, digits, choice=choice, device="cuda")
+    states = [block_sessions.state(one.session) for one in done.values()]
     assert all(state == states[0] for state in states)
     assert len({one.digest for one in done.values()}) == 1
     first = done["keep", True]
@@ -58,7 +58,7 @@ def test_blocks_of_a_language_model(family: str, tmp_path: Path) -> None:
     for device, activations in (("cpu", "keep"), ("cuda", "keep"), ("cuda", "recompute"), ("cuda", "offload")):
         path = tmp_path / f"{device} {activations}"
         text_families.new_session(path, spec)
-        done = test_engine.train_on(path, cast(Any, Cycling()), choice=Choice(8, activations, True), device=device)
+        done = block_sessions.train_on(path, cast(Any, Cycling()), choice=Choice(8, activations, True), device=device)
         losses.append(done.summary["loss"])
         digests |= {done.digest} if device == "cuda" else set()
     assert len(digests) == 1
@@ -66,13 +66,13 @@ def test_blocks_of_a_language_model(family: str, tmp_path: Path) -> None:
 
 
 def test_interrupted_after_each_step_and_resumed(digits: Dataset, tmp_path: Path) -> None:
-    spec = test_engine.SPECS["calibrated"]
-    whole = test_engine.complete(tmp_path / "whole", spec, digits, device="cuda")
-    test_engine.new_session(tmp_path / "parts", spec)
+    spec = block_sessions.SPECS["calibrated"]
+    whole = block_sessions.complete(tmp_path / "whole", spec, digits, device="cuda")
+    block_sessions.new_session(tmp_path / "parts", spec)
     for _ in range(spec.train.steps * spec.num_blocks):
-        done = test_engine.train_on(tmp_path / "parts", digits, stop_after=1, device="cuda")
+        done = block_sessions.train_on(tmp_path / "parts", digits, stop_after=1, device="cuda")
     assert done.digest == whole.digest
-    assert test_engine.state(done.session) == test_engine.state(whole.session)
+    assert block_sessions.state(done.session) == block_sessions.state(whole.session)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_memory_that_runs_out_halves_the_micro_batch(tmp_path: Path) -> None:
     device = devices.open_device("cuda")
     device.memory.reset_peak()
     budget = device.memory.resident_bytes() + 600 * MIB
-    plan = test_engine.Plan(budget, 0, 0, {}, Choice(64, "keep", True), 0.0, 0, 0, 0, 1)
-    session = test_engine.Session.open(tmp_path / "s")
-    summary = test_engine.train(
+    plan = block_sessions.Plan(budget, 0, 0, {}, Choice(64, "keep", True), 0.0, 0, 0, 0, 1)
+    session = block_sessions.Session.open(tmp_path / "s")
+    summary = block_sessions.train(
         session, session.spec, plan, cast(Any, Long()), "cuda", visits=None, blocks=[0, 1],
         on_report=lambda report: None, stop=lambda: False,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from edgetrain.streamed import StreamedTrainer
 from tests.cli.workplace import Workplace
 from tests.language_models import cut_small, data_of, make_spec
 from tests.language_models import new_session as new_language_session
-from tests.test_stack import DEPTH, Block, Stem, new_session, stack
+from tests.stacks import DEPTH, Block, Stem, new_session, stack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from edgetrain.noise import masking_band, masking_block
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.session import Session
 from edgetrain.training_data import MaskedBatches, training_batches
-from tests.test_engine import state, train_on
+from tests.block_sessions import state, train_on
 from tests.text_families import (
     FAMILIES,
     VOCABULARY,

@@ -19,7 +19,7 @@ from edgetrain.randomness import Purpose, Stream
 from edgetrain.session import Session
 from edgetrain.text_sampling import TextModel
 from tests import language_models as exact
-from tests.test_engine import train_on
+from tests.block_sessions import train_on
 from tests.text_families import (
     FAMILIES,
     LENGTH,

@@ -22,7 +22,7 @@ from edgetrain.checkpoint import open_checkpoint, read_tensor_chunks
 from edgetrain.errors import BadInput, DiskError, SessionLocked, UsageError
 from edgetrain.store import disk
 from exporters.hf import adapter_name, merged, write_adapter, write_folder
-from tests.test_checkpoint import SPECS, make_model, refused, transformers
+from tests.checkpoints import SPECS, make_model, refused, transformers
 
 KINDS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
