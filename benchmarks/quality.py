@@ -105,11 +105,7 @@ class Study:
         return self.folder / name.replace(" ", "_").replace("/", "")
 
     def identity(self, arm: Arm) -> str:
-        """Of all that its name does not say: a preset or a recipe may come to mean something else."""
-        from edgetrain.recipe import load_recipe, parse_changes, resolve, to_toml
-
-        changes = parse_changes(tuple(f"{key}={value}" for key, value in arm.changes.items()))
-        return hashlib.sha256(to_toml(resolve(load_recipe(self.recipe), changes)).encode()).hexdigest()[:8]
+        return identity(self.recipe, arm.changes)
 
     def lr(self, arm: Arm, score: Score) -> float:
         """The best of the arm's learning rates, at a quarter of its steps, by validation."""
@@ -197,6 +193,14 @@ class Study:
         plt.close(figure)
 
 
+def identity(recipe: str, changes: Mapping[str, object]) -> str:
+    """Of all that a name does not say: a preset or a recipe may come to mean something else."""
+    from edgetrain.recipe import load_recipe, parse_changes, resolve, to_toml
+
+    parsed = parse_changes(tuple(f"{key}={value}" for key, value in changes.items()))
+    return hashlib.sha256(to_toml(resolve(load_recipe(recipe), parsed)).encode()).hexdigest()[:8]
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and standard deviation over the seeds."""
     if not values:
@@ -265,6 +269,7 @@ def split_train_set(source: Path, folder: Path, held_out: int) -> tuple[Path, Pa
     as its test images, for choices; the second has the test images of ``source``."""
     import gzip
 
+    folder = folder / f"{held_out}-held-out"
     choosing, testing = folder / "choosing", folder / "testing"
     if testing.exists():
         return choosing, testing

@@ -24,7 +24,7 @@ ARMS = [
                                          "diffusion_blocks.num_blocks": 1}, lrs=_LRS, seeds=1),
     Arm("calibrated, B=2", _BASE | {"diffusion_blocks.num_blocks": 2}, lrs=_LRS),
     Arm("calibrated, B=3", _BASE, lrs=_LRS),
-    Arm("paper, B=3", _BASE | {"diffusion_blocks.preset": "paper"}, lrs=(1.6e-2,), seeds=1),
+    Arm("paper, B=3", _BASE | {"model.neighbours": 0, "diffusion_blocks.preset": "paper"}, lrs=_LRS[:1], seeds=1),
 ]  # fmt: skip
 _GAP = 2  # pixels between two images of a grid
 
@@ -102,7 +102,7 @@ def main() -> None:
             if generates:
                 import numpy as np
 
-                grid = session.with_suffix(".png")
+                grid = session.with_name(f"{session.name}.png")
                 command = ["generate", str(session), "--to", str(grid), "--count", str(num_images), "--guidance", "2"]
                 edgetrain(folder, *command, *where(options), timeout_s=1e5, poll_s=0.5).require()
                 real, _ = open_dataset(str(data), "test", folder).read(np.arange(num_images))

@@ -10,8 +10,8 @@ whole model instead of one block. All blocks are trained at the noise levels of 
 have at sigma_max, next to the transformer of as many layers trained as a whole (``quality_ar.py`` has those).
 
 Noise levels weighed: a generator's error at a level is divided by what it is there, exp(u(sigma)), which is learnt
-beside the block (Karras et al., arXiv 2312.02696, equation 14; here u is a polynomial of ln sigma), so that levels at
-which little can be known do not drown the others. The last of two blocks, and the model as one block.
+beside the block (Karras et al., arXiv 2312.02696, equations 14 to 16; here u is a polynomial of ln sigma), so that
+levels at which little can be known do not drown the others. The last of two blocks, and the model as one block.
 
 Trained by torch in a plain loop: this is about the mathematics, and none of it is in the runtime.
 """
@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    text, images = split_text(king_james(), folder)[0], split_train_set(options.data, folder, 10_000)[0]
+    text = cache(lambda: split_text(king_james(), folder)[0])
+    images = cache(lambda: split_train_set(options.data, folder, 10_000)[0])
     steps = 5 if options.quick else options.steps or 300
     seeds = range(1 if options.quick else options.seeds)
     with temporary_folder() as scratch:
         rows: list[list[object]] = []
         for recipe, changes in FAMILIES.items() if options.only in (None, "ema") else ():
-            data = str(text if recipe.endswith("text") else images)
+            data = str((text if recipe.endswith("text") else images)())
             for seed in seeds:
                 spec = _spec(recipe, changes | {"data.source": data, "train.seed": seed}, steps)
                 rows.append([recipe, seed, *(f"{loss:.4f}" for loss in _averaged(spec, scratch, steps))])
@@ -91,7 +93,7 @@ def main() -> None:
             )  # fmt: skip
         rows = []
         for seed in seeds if options.only in (None, "context") else ():
-            spec = _spec("ar-text", _TEXT | {"data.source": str(text), "train.seed": seed}, steps)
+            spec = _spec("ar-text", _TEXT | {"data.source": str(text()), "train.seed": seed}, steps)
             rows += [[seed, name, f"{bits:.3f}"] for name, bits in _chained(spec, scratch, steps)]
         if rows:
             report(
@@ -103,7 +105,7 @@ def main() -> None:
         for seed in seeds if options.only in (None, "levels") else ():
             for num_blocks in (1, 2):
                 changes = _GENERATOR | {"diffusion_blocks.num_blocks": num_blocks}
-                spec = _spec("dit-fashion-mnist", changes | {"data.source": str(images), "train.seed": seed}, steps)
+                spec = _spec("dit-fashion-mnist", changes | {"data.source": str(images()), "train.seed": seed}, steps)
                 for name, errors in _weighed(spec, scratch, steps):
                     rows.append([f"B={num_blocks}, {name}", seed, *(f"{error:.4f}" for error in errors)])
                     progress(" ".join(map(str, rows[-1])))
@@ -288,7 +290,7 @@ def fit(
         optimizer.zero_grad()
         draw = objective.draw(block.index, step, 0, spec.train.batch_size)
         objective.loss(block, _tensors(draw), Keep()).backward()
-        torch.nn.utils.clip_grad_norm_([*more, *(one for _, one in named)], spec.optimizer.clip)
+        torch.nn.utils.clip_grad_norm_([one for _, one in named], spec.optimizer.clip)
         optimizer.step()
         after()
 

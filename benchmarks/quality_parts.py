@@ -12,20 +12,37 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import edgetrain, progress, report, settings
 from language import king_james
-from quality import quality_parser, split_text, split_train_set, spread, where
+from quality import identity, quality_parser, split_text, split_train_set, spread, where
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 _PAPERS_LEVELS = {
     "diffusion_blocks.sigma_min": 0.002, "diffusion_blocks.sigma_max": 80.0, "diffusion_blocks.p_mean": -1.2,
 }  # fmt: skip
 _WHOLE = {"train.objective": "exact"}
+_NO_CHAIN = ("--euler-steps", "1")
 Changes = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Table:
+    """``block`` is the one that is trained; ``how`` it is evaluated, and with ``chain`` a model in blocks."""
+
+    recipe: str
+    arms: Mapping[str, Changes]
+    base: Changes
+    block: int
+    metric: str
+    data: Callable[[], Path]
+    how: Sequence[str] = ()
+    chain: Sequence[str] = ()
+
 
 _TEXT = {"model.width": 64, "train.batch_size": 16, "train.visit_steps": 200, "optimizer.lr": 3e-3}
 TEXT: dict[str, Changes] = {
@@ -80,7 +97,6 @@ GENERATOR: dict[str, Changes] = {
     "no pixels of the patches around": {"model.neighbours": 0},
     "gates start at .5": {"diffusion_blocks.gate": 0.5},
     "bands overlap by .15": {"diffusion_blocks.overlap": 0.15},
-    "sigma_data .5": {"diffusion_blocks.sigma_data": 0.5},
     "a stem that stays as it began": {"diffusion_blocks.stem": "frozen"},
     "learning rate 2e-3": {"optimizer.lr": 2e-3},
     "6 layers as a whole, no pixels of the patches around": _WHOLE | {"model.neighbours": 0},
@@ -103,42 +119,50 @@ def main() -> None:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     seeds = range(1 if options.quick else options.seeds)
-    images = split_train_set(options.data, folder, 10_000)[0]
+
+    def images() -> Path:
+        return split_train_set(options.data, folder, 10_000)[0]
+
     tables = {
-        "text": (
-            "ar-text", TEXT, _TEXT, 0, "bits a character at sigma_max", split_text(king_james(), folder)[0],
-            ["--limit", "256"],
+        "text": Table(
+            "ar-text", TEXT, _TEXT, 0, "bits a character at sigma_max", lambda: split_text(king_james(), folder)[0],
+            ["--limit", "256"], _NO_CHAIN,
         ),
-        "images": ("vit-fashion-mnist", IMAGES, _IMAGES, 0, "top-1 in per cent at sigma_max", images, ["--draws", "1"]),
-        "generator": ("dit-fashion-mnist", GENERATOR, _GENERATOR, 1, "weighted square error", images, []),
+        "images": Table(
+            "vit-fashion-mnist", IMAGES, _IMAGES, 0, "top-1 in per cent at sigma_max", images,
+            ["--draws", "1"], _NO_CHAIN,
+        ),
+        "generator": Table("dit-fashion-mnist", GENERATOR, _GENERATOR, 1, "weighted square error", images),
     }  # fmt: skip
-    for name, (recipe, arms, base, block, metric, data, how) in tables.items():
+    for name, table in tables.items():
         if options.only not in (None, name):
             continue
+        data = table.data()
         steps = 10 if options.quick else options.steps or 1000
         values: dict[str, list[float]] = {}
-        for arm, changes in arms.items():
+        for arm, changes in table.arms.items():
             for seed in seeds:
-                session = folder / f"{name}-{arm}-{seed}-{steps}".replace(" ", "_").replace(",", "").replace("/", "")
-                given = {**base, **changes, "train.seed": seed, "train.steps": steps}
+                given = {**table.base, **changes, "train.seed": seed, "train.steps": steps}
+                session = folder / f"{name}-{arm}-{seed}-{identity(table.recipe, given)}".replace(" ", "_")
                 created = [] if (session / "session.json").exists() else [
-                    "--recipe", recipe, "--data", str(data), "--memory-budget", options.memory_budget, *settings(given),
+                    "--recipe", table.recipe, "--data", str(data), "--memory-budget", options.memory_budget,
+                    *settings(given),
                 ]  # fmt: skip
                 is_whole = "train.objective" in changes
-                blocks = [] if is_whole else ["--blocks", str(block)]
+                blocks = [] if is_whole else ["--blocks", str(table.block)]
                 edgetrain(
                     folder, "train", str(session), *created, *blocks, *where(options), timeout_s=1e6, poll_s=0.5
                 ).require()
-                chain = [] if is_whole or name == "generator" else ["--euler-steps", "1"]
-                found = edgetrain(folder, "evaluate", str(session), *how, *chain, *where(options)).require()
+                how = [*table.how, *(() if is_whole else table.chain), *where(options)]
+                found = edgetrain(folder, "evaluate", str(session), *how, timeout_s=1e5, poll_s=0.5).require()
                 value = _answer(found.value["results"])
                 values.setdefault(arm, []).append(value)
                 progress(f"{name}, {arm}, seed {seed}: {value:.3f}")
         reference = statistics.mean(values["calibrated"])
         report(
             options.out and options.out.with_name(f"{options.out.stem}-{name}.md"),
-            f"Block {block} of {recipe}, {steps} steps, {len(seeds)} seeds: {metric}",
-            ["what is changed", metric, "against calibrated"],
+            f"Block {table.block} of {table.recipe}, {steps} steps, {len(seeds)} seeds: {table.metric}",
+            ["what is changed", table.metric, "against calibrated"],
             [[arm, spread(one, 4), f"{statistics.mean(one) - reference:+.4f}"] for arm, one in values.items()],
         )
 

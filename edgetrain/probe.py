@@ -20,7 +20,6 @@ from edgetrain.spec import Spec
 
 _SMALLEST_TENSOR_BYTES = 128 << 10  # below 64 KiB tensors come from the heap, where bytes are no longer linear
 _ALWAYS_MEASURED = 2  # layers, and micro-batches: the least that a line can be drawn through
-_LEFT_IN_HEAP_BYTES = 8 << 20  # at most, of what steps have freed
 _REPEATS, _ENOUGH_S = 3, 0.1  # of a step: memory does not vary, the machine's mood does, least so in long steps
 
 
@@ -193,11 +192,7 @@ def _measure_block(spec: Spec, device_kind: str, budget_bytes: int) -> dict[str,
                 if len(peaks[-1]) < min(_ALWAYS_MEASURED, len(micro_batches)):
                     del peaks[-1], times[-1]
         buffers_bytes = overlaid.nbytes + (resident.nbytes if memory.counts_untouched else 0)
-        held_bytes = memory.resident_bytes()
-        if memory.reuses_freed:  # what larger steps than the planned one left in the heap: training gives it back
-            limits.return_freed_memory()
-            held_bytes = min(held_bytes, memory.resident_bytes() + _LEFT_IN_HEAP_BYTES)
-        runtime_bytes = held_bytes - buffers_bytes + memory.late_bytes
+        runtime_bytes = memory.resident_bytes() - buffers_bytes + memory.late_bytes
         heap = None
         whole = not any(any(rows) for rows in bounds.values())
         if memory.reuses_freed and len(step_bytes["keep"]) == layers:

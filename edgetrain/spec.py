@@ -61,6 +61,7 @@ class ModelSpec:
             require(
                 self.neighbours <= most,
                 f"model.neighbours is {self.neighbours}, and no patch of these images has more than {most} on a side",
+                f"Set model.neighbours to at most {most}, or model.patch to less than {self.patch}.",
             )
 
     @property

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import quality
 import quality_dit
+import quality_parts
 import written
 from quality import Arm, Scores, Study
 
@@ -91,6 +92,7 @@ def test_choices_never_see_the_test_images(tmp_path: Path, data: Path) -> None:
 
     packed = write_idx(tmp_path / "packed", compressed=True)
     choosing, testing = quality.split_train_set(packed, tmp_path / "split", 5)
+    assert quality.split_train_set(packed, tmp_path / "split", 6)[0] != choosing  # another choice, other folders
 
     def images(folder: Path, split: str) -> np.ndarray:
         found = open_dataset(str(folder), split, tmp_path / "scratch")
@@ -141,3 +143,17 @@ def test_openings_are_spread_over_a_text(tmp_path: Path) -> None:
     places = written.openings(tmp_path / "text.txt", 2)
     text = (tmp_path / "text.txt").read_text()
     assert [opening + after for opening, after in places] == [text[: 24 + 100], text[1300 : 1300 + 124]]
+
+
+def test_the_answer_of_a_part_is_that_of_its_block() -> None:
+    levels = [{"sigma": 4.0 / 2**i, "block": i // 2, "weighted": float(i)} for i in range(4)]
+    assert quality_parts._answer(levels) == 2.5  # the lower half
+    rows = [{"readout": "chain", "value": 1.0}, {"readout": "sigma_max", "value": 2.0}]
+    assert quality_parts._answer(rows) == 2.0
+    assert quality_parts._answer([{"readout": "top-1", "value": 3.0}]) == 3.0
+
+
+def test_studies_know_what_an_arm_meant() -> None:
+    assert quality.identity("dit-digits", {"model.width": 32}) == quality.identity("dit-digits", {"model.width": 32})
+    assert quality.identity("dit-digits", {}) != quality.identity("dit-digits", {"model.width": 32})
+    assert quality.identity("dit-digits", {}) != quality.identity("vit-digits", {})

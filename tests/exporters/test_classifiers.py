@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
     "last": {"exact.train": "last"},
     "colour": {"model.image_shape": [3, 4, 6], "model.patch": 2, "model.mlp_ratio": 3},
+    "neighbours": {"model.image_shape": [3, 4, 6], "model.patch": 2, "model.neighbours": 1},
 }
 
 
