@@ -16,7 +16,7 @@ from quality import Arm, Scores, Study, difference, quality_parser, split_train_
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 _BASE = {"model.width": 64, "model.patch": 4, "model.neighbours": 1, "train.visit_steps": 100}
-_LRS = (1.6e-2, 3.2e-2)
+_LRS = (8e-3, 1.6e-2)
 _HELD_OUT = 2000
 ARMS = [
     Arm("end to end, 6 layers", _BASE | {"train.objective": "exact"}, lrs=_LRS),
@@ -24,7 +24,7 @@ ARMS = [
                                          "diffusion_blocks.num_blocks": 1}, lrs=_LRS, seeds=1),
     Arm("calibrated, B=2", _BASE | {"diffusion_blocks.num_blocks": 2}, lrs=_LRS),
     Arm("calibrated, B=3", _BASE, lrs=_LRS),
-    Arm("paper, B=3", _BASE | {"model.neighbours": 0, "diffusion_blocks.preset": "paper"}, lrs=_LRS[:1], seeds=1),
+    Arm("paper, B=3", _BASE | {"model.neighbours": 0, "diffusion_blocks.preset": "paper"}, lrs=_LRS[1:], seeds=1),
 ]  # fmt: skip
 _GAP = 2  # pixels between two images of a grid
 

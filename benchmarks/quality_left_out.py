@@ -1,5 +1,4 @@
-"""What edgetrain leaves out of block-wise training, and what it would be worth: averaged weights, chained contexts,
-noise levels weighed by what is known of them.
+"""What edgetrain leaves out of block-wise training, and what it would be worth: averaged weights, chained contexts.
 
 EMA: of a block's weights after each step, beside the weights themselves; the loss of held-out examples at the noise
 levels of its band. Every family, block 0 alone.
@@ -9,10 +8,6 @@ fixed (what it says of the training text would be cached on disk), so that a noi
 whole model instead of one block. All blocks are trained at the noise levels of block 0: how many bits a character they
 have at sigma_max, next to the transformer of as many layers trained as a whole (``quality_ar.py`` has those).
 
-Noise levels weighed: a generator's error at a level is divided by what it is there, exp(u(sigma)), which is learnt
-beside the block (Karras et al., arXiv 2312.02696, equations 14 to 16; here u is a polynomial of ln sigma), so that
-levels at which little can be known do not drown the others. The last of two blocks, and the model as one block.
-
 Trained by torch in a plain loop: this is about the mathematics, and none of it is in the runtime.
 """
 
@@ -20,7 +15,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -30,7 +25,7 @@ import torch
 from common import progress, report, temporary_folder
 from language import king_james
 from quality import quality_parser, split_text, split_train_set
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgetrain.activations import Activations, Keep
 from edgetrain.blockwise import build_modules
@@ -42,7 +37,7 @@ from edgetrain.models.base import Boundary
 from edgetrain.models.codebook import enter, read_out
 from edgetrain.models.text import cross_entropy
 from edgetrain.objectives.base import Block, Objective
-from edgetrain.objectives.diffusion_blocks import DenoisedImages, DenoisedTokens, diffusion_blocks
+from edgetrain.objectives.diffusion_blocks import DenoisedTokens, diffusion_blocks
 from edgetrain.parameters import codebook_rows, decays, initial_values
 from edgetrain.randomness import Purpose, Stream, normal
 from edgetrain.recipe import load_recipe, resolve
@@ -58,17 +53,14 @@ FAMILIES = {
     "vit-fashion-mnist": _IMAGES, "dit-fashion-mnist": _IMAGES, "masked-text": _TEXT, "ar-text": _TEXT,
     "recurrent-text": _TEXT,
 }  # fmt: skip
-_GENERATOR = {"model.width": 64, "model.neighbours": 1, "optimizer.lr": 1.6e-2}
 _DECAYS = (0.9, 0.98)
-_LEVELS = (0.23, 0.13, 0.057)  # of the last of two blocks
-_TERMS = 8  # of the polynomial
 _HELD_OUT_STEP = 1 << 20  # the number of the first batch of the other split
 
 
 def main() -> None:
     made = quality_parser(__doc__)
     made.add_argument("--data", type=Path, default=Path(os.environ.get("EDGETRAIN_FASHION_MNIST", _USUAL_FOLDER)))
-    made.add_argument("--only", choices=["ema", "context", "levels"])
+    made.add_argument("--only", choices=["ema", "context"])
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     folder = options.folder.resolve()
@@ -100,20 +92,6 @@ def main() -> None:
                 options.out and options.out.with_name(f"{options.out.stem}-context.md"),
                 f"Clean contexts, {steps} steps a block: bits a character at sigma_max, held-out text",
                 ["seed", "block", "bits a character"], rows,
-            )  # fmt: skip
-        rows = []
-        for seed in seeds if options.only in (None, "levels") else ():
-            for num_blocks in (1, 2):
-                changes = _GENERATOR | {"diffusion_blocks.num_blocks": num_blocks}
-                spec = _spec("dit-fashion-mnist", changes | {"data.source": str(images()), "train.seed": seed}, steps)
-                for name, errors in _weighed(spec, scratch, steps):
-                    rows.append([f"B={num_blocks}, {name}", seed, *(f"{error:.4f}" for error in errors)])
-                    progress(" ".join(map(str, rows[-1])))
-        if rows:
-            report(
-                options.out and options.out.with_name(f"{options.out.stem}-levels.md"),
-                f"Noise levels weighed, {steps} steps: error of held-out images, the last block",
-                ["", "seed", *(f"{sigma:.2g}" for sigma in _LEVELS)], rows,
             )  # fmt: skip
 
 
@@ -218,42 +196,6 @@ def _at_sigma_max(spec: Spec, objective: _ChainedTokens, block: Block, batches: 
     return nats / batches / math.log(2)
 
 
-class _WeighedImages(DenoisedImages):
-    """Errors over what they are at their level, as far as that is known by now."""
-
-    def __init__(self, spec: Spec, batches: Any) -> None:
-        super().__init__(spec, batches)
-        self.terms = nn.Parameter(torch.zeros(_TERMS))
-
-    def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
-        low, high = (math.log(sigma) for sigma in self.spec.diffusion_blocks.noise.training_band(block.index))
-        place = (2 * (draw["sigma"].log() - low) / (high - low) - 1).clamp(-1, 1)
-        u = torch.cos(torch.arange(_TERMS) * place.acos()[:, None]) @ self.terms  # Chebyshev's polynomials
-        return ((-u).exp() * self.errors(block, draw, activations) + u).sum() / len(u)
-
-
-def _weighed(spec: Spec, scratch: Path, steps: int) -> list[tuple[str, list[float]]]:
-    """Errors at ``_LEVELS`` of the last block, trained by the plain loss and by the weighed one."""
-    last, found = spec.num_blocks - 1, []
-    fitting, other = (_batches(spec, scratch, is_held_out) for is_held_out in (False, True))
-    weighed = _WeighedImages(spec, fitting)
-    for name, objective, terms in (("plain", DenoisedImages(spec, fitting), []), ("weighed", weighed, [weighed.terms])):
-        block = initial_block(spec, last)
-        fit(spec, objective, block, steps, more=terms)
-        found.append((name, [_error_at(sigma, DenoisedImages(spec, other), block) for sigma in _LEVELS]))
-    return found
-
-
-@torch.no_grad()
-def _error_at(sigma: float, objective: DenoisedImages, block: Block, batches: int = 32) -> float:
-    errors = []
-    for step in range(_HELD_OUT_STEP, _HELD_OUT_STEP + batches):
-        draw = _tensors(objective.draw(block.index, step, 0, objective.spec.train.batch_size))
-        draw["sigma"].fill_(sigma)
-        errors.append(objective.errors(block, draw, Keep()).mean().item())
-    return sum(errors) / len(errors)
-
-
 def initial_block(spec: Spec, index: int, number: int = 0) -> Block:
     """With initial values drawn as a session's are, those of one ``number`` unlike another's."""
     block = build_modules(spec, build_family(spec), index)
@@ -270,17 +212,15 @@ def initial_block(spec: Spec, index: int, number: int = 0) -> Block:
 
 
 def fit(
-    spec: Spec, objective: Objective, block: Block, steps: int, *, after: Callable[[], None] = lambda: None,
-    more: Sequence[Tensor] = (),
-) -> None:  # fmt: skip
-    """AdamW with the spec's schedule and clipping. ``more``: what is trained beside the block, without decay."""
+    spec: Spec, objective: Objective, block: Block, steps: int, *, after: Callable[[], None] = lambda: None
+) -> None:
+    """AdamW with the spec's schedule and clipping."""
     named = [(name, one) for module in block.modules for name, one in module.named_parameters() if one.requires_grad]
     groups = [
         {"params": [one for name, one in named if decays(name) == decayed],
          "weight_decay": spec.optimizer.weight_decay * decayed}
         for decayed in (True, False)
     ]  # fmt: skip
-    groups.append({"params": [*more], "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
         groups, betas=(spec.optimizer.beta1, spec.optimizer.beta2), eps=spec.optimizer.eps
     )  # fmt: skip

@@ -94,11 +94,13 @@ _GENERATOR = {
 GENERATOR: dict[str, Changes] = {
     "6 layers as a whole": _WHOLE,
     "calibrated": {},
+    "errors not weighed by what is expected": {"diffusion_blocks.uncertainty": "false"},
     "no pixels of the patches around": {"model.neighbours": 0},
     "gates start at .5": {"diffusion_blocks.gate": 0.5},
     "bands overlap by .15": {"diffusion_blocks.overlap": 0.15},
     "a stem that stays as it began": {"diffusion_blocks.stem": "frozen"},
     "learning rate 2e-3": {"optimizer.lr": 2e-3},
+    "6 layers as a whole, errors not weighed": _WHOLE | {"diffusion_blocks.uncertainty": "false"},
     "6 layers as a whole, no pixels of the patches around": _WHOLE | {"model.neighbours": 0},
 }
 

@@ -103,6 +103,10 @@ class NoiseSchedule:
         return [(sigma, self.block_of(sigma)) for sigma in middles]
 
 
+UNCERTAINTY_TERMS = 8
+"""Of the polynomial in ln sigma that says what error to expect at a noise level."""
+UNCERTAINTY_REACH = 3.0
+"""How far from p_mean it reaches, in p_std."""
 EVALUATED_LEVELS = 6
 """At how many noise levels ``edgetrain evaluate`` measures a generator of images."""
 

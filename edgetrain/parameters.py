@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edgetrain.noise import time_frequencies
+from edgetrain.noise import UNCERTAINTY_TERMS, time_frequencies
 from edgetrain.spec import Spec, TextModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
@@ -58,6 +58,7 @@ def _of_images(spec: Spec) -> dict[str, Shapes]:
     if model.family == "dit":
         stem |= {"classes": (model.num_classes + 1, width)}
         head = _linear("readout", width, pixels)
+        head |= {"uncertainty": (UNCERTAINTY_TERMS,)} if method.uncertainty else {}
     else:
         stem |= _linear("noisy", width, width) | ({"clean_condition": (width,)} if method.streams == 2 else {})
         head = _linear("readout", width, model.num_classes)

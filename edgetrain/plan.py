@@ -381,10 +381,10 @@ def _cache_key(spec: Spec, device: str, num_threads: int) -> str:
     model, method = dataclasses.asdict(spec.model), dataclasses.asdict(spec.diffusion_blocks)
     if not isinstance(spec.model, StackSpec):
         del model["depth"]
-    names = ("streams", "skip", "auxiliary", "preconditioning", "joined", "codebook", "stem", "head")
-    measured = {name: method[name] for name in names}
+    unmeasured = {"preset", "num_blocks", "sigma_min", "sigma_max", "p_mean", "p_std", "overlap", "sigma_data", "gate"}
+    measured = {name: value for name, value in method.items() if name not in unmeasured}
     if spec.is_exact:
-        measured = dataclasses.asdict(spec.exact)
+        measured |= dataclasses.asdict(spec.exact)
     machine = [platform.processor() or platform.machine(), platform.python_version(), os.cpu_count()]
     versions = [__version__, metadata.version("torch"), metadata.version("numpy")]
     data = dataclasses.asdict(spec.data)

@@ -243,7 +243,8 @@ class DiffusionBlocksSpec:
     ``preconditioning``: how z enters, as any vector of deviation sigma_data or as a noisy row of the codebook
     ("discrete"); ``skip``: what z says enters the readout too (see ``models.codebook``);
     ``gate``: the value at which the gates of adaptive layer norm start;
-    ``auxiliary``: weight of a cross-entropy on the mean of the image tokens (calibrated, two streams only).
+    ``auxiliary``: weight of a cross-entropy on the mean of the image tokens (calibrated, two streams only);
+    ``uncertainty``: an error counts in units of what is expected at its noise level, which is learnt too (dit).
     """
 
     preset: Literal["calibrated", "paper"] = "calibrated"
@@ -260,6 +261,7 @@ class DiffusionBlocksSpec:
     auxiliary: float = 0.0
     preconditioning: Literal["edm", "discrete"] = "edm"
     joined: bool = False
+    uncertainty: bool = False
     stem: Sharing = "private"
     head: Sharing = "private"
     codebook: Literal["frozen", "shared"] = "frozen"
@@ -290,7 +292,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "calibrated": {"preconditioning": "discrete"},
         "paper": {**_EDM, **_SHARED, "sigma_data": 0.5},
     },
-    "dit": {"calibrated": _EDM, "paper": {**_EDM, "stem": "shared", "head": "shared"}},
+    "dit": {"calibrated": {**_EDM, "uncertainty": True}, "paper": {**_EDM, "stem": "shared", "head": "shared"}},
     "masked": {"calibrated": {}, "paper": {"gate": 0.0, "stem": "shared", "head": "shared"}},
     "ar": {
         "calibrated": {**_NEXT_TOKEN, "joined": True},
@@ -431,6 +433,11 @@ class Spec:
                 not method.joined or self.model.family == "ar",
                 "diffusion_blocks.joined adds the clean tokens of the family ar to the noisy ones",
                 "Set diffusion_blocks.joined = false.",
+            )
+            require(
+                not method.uncertainty or self.model.family == "dit",
+                "diffusion_blocks.uncertainty weighs the errors of images, of the family dit",
+                "Set diffusion_blocks.uncertainty = false.",
             )
             require(
                 method.head != "frozen",

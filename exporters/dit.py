@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 
-from edgetrain.noise import euler_coefficients
+from edgetrain.noise import UNCERTAINTY_REACH, UNCERTAINTY_TERMS, euler_coefficients
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
 from exporters.graph import Graph, Storage
@@ -29,15 +29,19 @@ def denoiser(spec: Spec, block: int, shapes: Shapes, storage: Storage = "fp32") 
 
 def loss(spec: Spec, block: int, shapes: Shapes) -> Graph:
     """What training a block makes small, to be differentiated: z (n, C, H, W), sigma (n,), labels (n,) int64, the
-    images without noise (n, C, H, W) and all weights -> "loss", a scalar: EDM's weighted square error of a pixel, the
-    sum over the examples over the whole batch size."""
+    images without noise (n, C, H, W) and all weights -> "loss", a scalar: EDM's weighted square error of a pixel, in
+    units of what is expected of it where that is learnt, the sum over the examples over the whole batch size."""
     graph, shape = Graph(f"loss{block:02d}", shapes, trains=True), spec.image_model.image_shape
     z, sigma, labels = graph.input("z", *shape), graph.input("sigma"), graph.tensor("labels", "int64", "n")
-    off = graph.op("Sub", _Denoiser(graph, spec, block).run(z, sigma, labels), graph.input("images", *shape))
+    denoiser = _Denoiser(graph, spec, block)
+    off = graph.op("Sub", denoiser.run(z, sigma, labels), graph.input("images", *shape))
     error = graph.op("ReduceMean", graph.op("Mul", off, off), graph.ints(1, 2, 3), keepdims=0)  # (n,)
     squares, both = graph.op("Mul", sigma, sigma), graph.op("Mul", sigma, graph.floats(spec.sigma_data))
     total = graph.op("Add", squares, graph.floats(spec.sigma_data**2))
     weighted = graph.op("Mul", graph.op("Div", total, graph.op("Mul", both, both)), error)
+    if spec.diffusion_blocks.uncertainty:
+        u = denoiser.log_expected(sigma)
+        weighted = graph.op("Add", graph.op("Mul", weighted, graph.op("Exp", graph.op("Neg", u))), u)
     summed = graph.op("ReduceSum", weighted, keepdims=0)
     graph.result("loss", graph.op("Mul", summed, graph.floats(1 / spec.train.batch_size)))
     return graph
@@ -108,3 +112,16 @@ class _Denoiser(Transformer):
             grid = g.op("Transpose", grid, perm=[0, 3, 1, 4, 2, 5])
             output = g.reshape(grid, -1, channels, height, width)  # F
         return noised.preconditioned(output)
+
+    def log_expected(self, sigma: str) -> str:
+        """The logarithm of the error that training expects at noise levels (n,), (n,)."""
+        g, method = self.graph, self.spec.diffusion_blocks
+        with g.scope(self.head):
+            off = g.op("Sub", g.op("Log", sigma), g.floats(method.p_mean))
+            place = g.op("Div", off, g.floats(UNCERTAINTY_REACH * method.p_std))
+            angles = g.op("Acos", g.op("Clip", place, g.floats(-1.0), g.floats(1.0)))
+            terms = g.floats([float(term) for term in range(UNCERTAINTY_TERMS)])
+            features = g.op("Cos", g.op("Mul", g.op("Unsqueeze", angles, g.ints(1)), terms))  # (n, terms)
+            # Not MatMul: of one with a vector onnxruntime-training's gradient is wrong.
+            weighed = g.op("Mul", features, g.weight(f"{self.head}.uncertainty"))
+            return g.op("ReduceSum", weighed, g.ints(1), keepdims=0)

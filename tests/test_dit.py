@@ -24,16 +24,18 @@ from edgetrain.data import Dataset, to_float
 from edgetrain.errors import UsageError
 from edgetrain.image_sampling import ImageSampler, Output
 from edgetrain.models import build_family, build_network
-from edgetrain.models.dit import DenoisingNetwork, denoised, unpatch, weighted_errors
+from edgetrain.models.base import Boundary
+from edgetrain.models.dit import DenoisingNetwork, Head, denoised, training_loss, unpatch, weighted_errors
 from edgetrain.models.vit import patch_pixels
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.plan import StreamedChoice
 from edgetrain.recipe import resolve
 from edgetrain.session import Session
 from edgetrain.spec import Spec
+from edgetrain.stages import stages_of_block
 from edgetrain.training_data import NoisyBatches, training_batches
 from tests import language_models as exact
-from tests.block_sessions import complete, new_session, state
+from tests.block_sessions import complete, new_session, state, tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,6 +65,7 @@ def test_the_presets_are_edms_noise_levels() -> None:
         method = small(diffusion_blocks__preset=preset).diffusion_blocks
         assert (method.sigma_min, method.sigma_max, method.p_mean, method.p_std) == (0.002, 80.0, -1.2, 1.2)
         assert (method.skip, method.streams, method.gate, method.stem, method.head) == (True, 1, 0.0, sharing, sharing)
+        assert method.uncertainty == (preset == "calibrated")
     assert resolve({"model": {"family": "dit", "image_shape": [1, 4, 4]}}).sigma_data == 0.5
 
 
@@ -85,6 +88,52 @@ def test_the_error_is_that_of_the_networks_output() -> None:
     found = weighted_errors(spec, output, {"images": y, "eps": eps, "sigma": sigma})
     torch.testing.assert_close(found, (output - target).square().mean((1, 2, 3)))
     torch.testing.assert_close(denoised(spec, target, z, sigma), y)
+
+
+@pytest.fixture
+def given() -> tuple[Boundary, dict[str, Tensor]]:
+    """What a head of ``small`` takes, and what it was made of."""
+    generator = torch.Generator().manual_seed(0)
+    images, eps = (torch.randn(16, 1, 8, 8, generator=generator) for _ in range(2))
+    sigma = (torch.randn(16, generator=generator) * 1.2 - 1.2).exp()
+    sigma[0], sigma[1] = 0.002, 80.0
+    tokens, condition = torch.randn(16, 16, 32, generator=generator), torch.randn(16, 1, 32, generator=generator)
+    return Boundary({"tokens": tokens}, {"condition": condition}), {"images": images, "eps": eps, "sigma": sigma}
+
+
+def random_head(spec: Spec) -> Head:
+    generator, head = torch.Generator().manual_seed(1), Head(spec.image_model, spec.diffusion_blocks.uncertainty)
+    for parameter in reversed(list(head.parameters())):  # the uncertainty last: the others are the same without it
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return head
+
+
+def test_errors_count_in_units_of_what_is_expected(given: tuple[Boundary, dict[str, Tensor]]) -> None:
+    """e / exp(u) + u, u a Chebyshev series of ln sigma; its place 3 p_std from p_mean or beyond is 1 or -1."""
+    boundary, batch = given
+    spec = small()
+    head = random_head(spec)
+    place = ((np.log(batch["sigma"].numpy()) + 1.2) / 3.6).clip(-1, 1)
+    u = np.polynomial.chebyshev.chebval(place, head.uncertainty.detach().numpy())
+    errors = weighted_errors(spec, head(boundary), batch).detach().numpy()
+    expected = (errors / np.exp(u) + u).sum() / 16
+    assert training_loss(spec, head, boundary, batch).item() == pytest.approx(expected, rel=1e-5)
+    assert np.abs(u).max() > 0.1
+
+
+def test_what_is_expected_begins_at_the_error_of_saying_nothing(given: tuple[Boundary, dict[str, Tensor]]) -> None:
+    """u = 0, whatever the level: the first gradients are those of plain errors."""
+    boundary, batch = given
+    losses, gradients = [], []
+    for is_on in (True, False):
+        spec = small(diffusion_blocks__uncertainty=is_on)
+        head = random_head(spec)
+        if is_on:
+            head.uncertainty.data.zero_()
+        losses.append(training_loss(spec, head, boundary, batch))
+        gradients.append(torch.autograd.grad(losses[-1], head.readout.weight)[0])
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
 
 
 def noisy_batches(spec: Spec, digits: Dataset) -> NoisyBatches:
@@ -159,6 +208,17 @@ def test_training_denoises(trained: Session, digits: Dataset, tmp_path: Path) ->
     assert [one.sigma for one in after] == sorted((one.sigma for one in after), reverse=True)
     for old, new in zip(before, after, strict=True):
         assert new.mse < 0.95 * old.mse, (old, new)
+
+
+def test_what_is_expected_comes_to_be_the_error(digits: Dataset, tmp_path: Path) -> None:
+    spec = small(train__steps=150, train__visit_steps=150, diffusion_blocks__num_blocks=1, optimizer__lr=2e-2)
+    session = complete(tmp_path / "s", spec, digits).session
+    head = Head(spec.image_model, True)
+    stage = stages_of_block(spec, 0)[-1]
+    head.uncertainty.data.copy_(torch.from_numpy(tensors(session, stage, "weight")["uncertainty"]))
+    for level in ImageSampler(session, devices.open_device("cpu"), 64).errors(digits, 6):
+        place = torch.tensor([(np.log(level.sigma) + 1.2) / 3.6], dtype=torch.float32)
+        assert head.log_expected(place).exp().item() == pytest.approx(level.weight * level.mse, rel=0.25)
 
 
 def test_the_order_of_visits_changes_no_bit(trained: Session, digits: Dataset, tmp_path: Path) -> None:

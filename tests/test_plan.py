@@ -149,7 +149,8 @@ def test_the_cache_tells_measurements_apart(tmp_path, monkeypatch):
     assert saved_probe(deeper, "cpu", 2) is not None
     others = (
         spec_of(model__width=32), spec_of(train__micro_batch=8), spec_of(data__shift=2),
-        spec_of(train__objective="exact"),
+        spec_of(train__objective="exact"), spec_of(diffusion_blocks__streams=1),
+        spec_of(diffusion_blocks__auxiliary=0.5),
     )  # fmt: skip
     for other in others:
         assert saved_probe(other, "cpu", 2) is None

@@ -95,6 +95,7 @@ def test_streams_must_be_a_whole_number(streams):
         {"diffusion_blocks.auxiliary": -1.0}, {"diffusion_blocks.auxiliary": 1.0, "diffusion_blocks.streams": 1},
         {"diffusion_blocks.sigma_data": -0.5}, {"diffusion_blocks.preconditioning": "none"},
         {"model.family": "dit", "diffusion_blocks.preconditioning": "discrete"}, {"diffusion_blocks.joined": True},
+        {"diffusion_blocks.uncertainty": True},
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(changes):

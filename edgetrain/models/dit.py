@@ -46,19 +46,27 @@ class Stem(TimedPatchStem):
 
 
 class Head(nn.Module):
-    """The pixels of each token, after a norm that adapts to the condition."""
+    """The pixels of each token, after a norm that adapts to the condition. With ``uncertainty`` training learns beside
+    it what error is to be expected at a noise level: u(sigma), a sum of Chebyshev's polynomials of ln sigma."""
 
-    def __init__(self, model: ModelSpec) -> None:
+    def __init__(self, model: ModelSpec, uncertainty: bool) -> None:
         super().__init__()
         self.image_shape, self.patch = model.image_shape, model.patch
         self.modulation = nn.Linear(model.width, 2 * model.width)
         self.readout = nn.Linear(model.width, model.patch_pixels)
+        if uncertainty:
+            self.uncertainty = nn.Parameter(torch.empty(noise.UNCERTAINTY_TERMS))
 
     def forward(self, boundary: Boundary) -> Tensor:
         """F(c_in * z; c_noise, class), (n, C, H, W)."""
         shift, scale = self.modulation(boundary.context["condition"]).chunk(2, -1)
         pixels = self.readout(modulate(boundary.carried["tokens"], shift, scale))
         return unpatch(pixels, self.image_shape, self.patch)
+
+    def log_expected(self, place: Tensor) -> Tensor:
+        """u where sigma lies at ``place`` (n,), from -1 to 1 in ln sigma; (n,)."""
+        terms = torch.arange(len(self.uncertainty), device=place.device)
+        return torch.cos(place.acos()[:, None] * terms) @ self.uncertainty
 
 
 class DiT(Family):
@@ -68,7 +76,9 @@ class DiT(Family):
         model = self.spec.image_model
         if kind == "stem":
             return Stem(model)
-        return Head(model) if kind == "head" else ViTLayer(model.width, model.heads, model.mlp_ratio)
+        if kind == "head":
+            return Head(model, self.spec.diffusion_blocks.uncertainty)
+        return ViTLayer(model.width, model.heads, model.mlp_ratio)
 
 
 def noisy(batch: Mapping[str, Tensor]) -> Tensor:
@@ -93,6 +103,19 @@ def weighted_errors(spec: Spec, output: Tensor, batch: Mapping[str, Tensor]) -> 
     sigma = batch["sigma"]
     error = (denoised(spec, output, noisy(batch), sigma) - batch["images"]).square().mean((1, 2, 3))
     return noise.loss_weight(sigma, spec.sigma_data) * error
+
+
+def training_loss(spec: Spec, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
+    """What training makes small: the summed weighted errors e over the whole batch size. With ``uncertainty`` each is
+    e / exp(u) + u instead, least where exp(u(sigma)) is the mean of e (Karras et al., arXiv 2312.02696, equations 14 to
+    16), so that levels at which little can be known do not drown the others."""
+    errors = weighted_errors(spec, head(boundary), batch)
+    method = spec.diffusion_blocks
+    if method.uncertainty:
+        place = (batch["sigma"].log() - method.p_mean) / (noise.UNCERTAINTY_REACH * method.p_std)
+        u: Tensor = head.log_expected(place.clamp(-1, 1))  # type: ignore[operator]
+        errors = errors * (-u).exp() + u
+    return errors.sum() / spec.train.batch_size
 
 
 class DenoisingNetwork(Network):
@@ -122,7 +145,7 @@ class DenoisingNetwork(Network):
         return advanced
 
     def head(self, head: nn.Module, boundary: Boundary, batch: Mapping[str, Tensor]) -> Tensor:
-        return weighted_errors(self.spec, head(boundary), batch).sum() / self.spec.train.batch_size
+        return training_loss(self.spec, head, boundary, batch)
 
     def decays(self, kind: str, name: str, shape: tuple[int, ...]) -> bool:
         return decays(name)

@@ -71,14 +71,10 @@ class DenoisedImages(_Drawn):
     """The objective for the generator: each block denoises images at the noise levels of its band."""
 
     def loss(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
-        return self.errors(block, draw, activations).sum() / self.spec.train.batch_size
-
-    def errors(self, block: Block, draw: Mapping[str, Tensor], activations: Activations) -> Tensor:
-        """EDM's weighted square error of each image, (n,)."""
         boundary = dit.enter(self.spec, block.stem, dit.noisy(draw), draw["sigma"], draw["labels"])
         for layer in block.layers:
             boundary = activations.run(layer, boundary)
-        return dit.weighted_errors(self.spec, block.head(boundary), draw)
+        return dit.training_loss(self.spec, block.head, boundary, draw)
 
 
 class DenoisedTokens(_Drawn):
