@@ -16,12 +16,13 @@ from quality import Arm, Scores, Study, difference, quality_parser, split_train_
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 _BASE = {"model.width": 64, "model.patch": 4, "model.neighbours": 1, "train.visit_steps": 100}
+_TWO_LAYERS = {"train.objective": "exact", "model.depth": 2, "diffusion_blocks.num_blocks": 1}
 _LRS = (8e-3, 1.6e-2)
 _HELD_OUT = 2000
 ARMS = [
     Arm("end to end, 6 layers", _BASE | {"train.objective": "exact"}, lrs=_LRS),
-    Arm("end to end, 2 layers", _BASE | {"train.objective": "exact", "model.depth": 2,
-                                         "diffusion_blocks.num_blocks": 1}, lrs=_LRS, seeds=1),
+    Arm("end to end, 2 layers", _BASE | _TWO_LAYERS, lrs=_LRS, seeds=1),
+    Arm("end to end, 2 layers, 3x steps", _BASE | _TWO_LAYERS, lrs=_LRS[1:], seeds=1, times=3),
     Arm("calibrated, B=2", _BASE | {"diffusion_blocks.num_blocks": 2}, lrs=_LRS),
     Arm("calibrated, B=3", _BASE, lrs=_LRS),
     Arm("paper, B=3", _BASE | {"model.neighbours": 0, "diffusion_blocks.preset": "paper"}, lrs=_LRS[1:], seeds=1),

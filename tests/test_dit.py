@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from edgetrain.models.base import Boundary
 from edgetrain.models.dit import DenoisingNetwork, Head, denoised, training_loss, unpatch, weighted_errors
 from edgetrain.models.vit import patch_pixels
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
+from edgetrain.parameters import block_shapes
 from edgetrain.plan import StreamedChoice
-from edgetrain.recipe import resolve
+from edgetrain.recipe import resolve, to_toml
 from edgetrain.session import Session
 from edgetrain.spec import Spec
 from edgetrain.stages import stages_of_block
 from edgetrain.training_data import NoisyBatches, training_batches
 from tests import language_models as exact
-from tests.block_sessions import complete, new_session, state, tensors
+from tests.block_sessions import complete, new_session, state, tensors, train_on
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,10 +177,6 @@ def test_blocks_draw_from_their_bands_and_the_whole_model_from_all(digits: Datas
 
 
 def _exact() -> dict[str, Any]:
-    import tomllib
-
-    from edgetrain.recipe import to_toml
-
     tables = tomllib.loads(to_toml(small()))
     tables["train"]["objective"] = "exact"
     return tables
@@ -224,6 +222,37 @@ def test_what_is_expected_comes_to_be_the_error(digits: Dataset, tmp_path: Path)
 def test_the_order_of_visits_changes_no_bit(trained: Session, digits: Dataset, tmp_path: Path) -> None:
     other = complete(tmp_path / "s", small(train__order="descending", train__visit_steps=7), digits)
     assert state(other.session) == state(trained)
+
+
+def test_a_visit_changes_its_block_alone(digits: Dataset, tmp_path: Path) -> None:
+    before = state(new_session(tmp_path / "s", small()))
+    after = state(train_on(tmp_path / "s", digits, blocks=[1], visits=1).session)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed
+    assert all(name.startswith("block01") for name in changed)
+
+
+@pytest.mark.parametrize("sharing", ["private", "shared", "frozen"])
+def test_a_stem_and_what_is_expected_may_be_shared(sharing: str, digits: Dataset, tmp_path: Path) -> None:
+    head = "shared" if sharing == "shared" else "private"
+    changes = {"diffusion_blocks__stem": sharing, "diffusion_blocks__head": head}
+    session = new_session(tmp_path / "s", small(**changes))
+    before = state(session)
+    after = state(train_on(tmp_path / "s", digits).session)
+    stems = {name: after[name] != before[name] for name in before if "stem weight" in name}
+    heads = {name: after[name] != before[name] for name in before if "head weight uncertainty" in name}
+    assert len(stems) == (0 if sharing == "frozen" else len(stems))
+    assert all(stems.values())
+    assert len(heads) == (1 if head == "shared" else 2)
+    assert all(heads.values())
+
+
+def test_a_session_from_before_goes_on_by_plain_errors(tmp_path: Path) -> None:
+    written = tomllib.loads(to_toml(small()))
+    del written["diffusion_blocks"]["uncertainty"]
+    old = resolve(written, is_complete=True)
+    assert not old.diffusion_blocks.uncertainty
+    assert "uncertainty" not in block_shapes(old)["head"]
 
 
 def test_the_class_matters_to_every_block(trained: Session) -> None:

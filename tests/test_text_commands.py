@@ -12,6 +12,7 @@ from edgetrain.data.tokenizer import Tokenizer
 from edgetrain.errors import BadInput
 from edgetrain.generation import Text
 from edgetrain.vocabulary import END_OF_TEXT, put_tokenizer, vocabulary_size
+from tests.data.text_files import write_tokenizer
 from tests.exporters.common import export, make_session
 from tests.test_dit import run
 from tests.text_families import FAMILIES, TEXT, small
@@ -62,7 +63,8 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
     assert summary["peak_bytes"] <= summary["budget_bytes"]
     assert (session / "model" / "tokenizer.json").exists()
     found = run("evaluate", session, "--draws", 2, *threads)
-    assert all(0 < row["value"] < (1000 if row["readout"] == "chain" else 10) for row in found["results"])
+    # After four steps the bytes of English are not yet known: 8 bits and a little, a chain's bound apart.
+    assert all((row["readout"] == "chain" and row["is_bound"]) or 5 < row["value"] < 9 for row in found["results"])
     if family == "recurrent":
         assert {row["loops"] for row in found["results"]} == {1, 2, 4}
     prompt = "In the [MASK:9] God [MASK]" if family == "masked" else "In the"
@@ -71,7 +73,8 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
     assert made["text"] == run(*command)["text"]
     assert made["tokens"] == (10 if family == "masked" else 5) or made["finish"] == "stop"
     assert made["peak_bytes"] <= made["budget_bytes"]
-    assert made["text"].startswith("In the" if family == "masked" else "")
+    assert family != "masked" or made["text"].startswith("In the")
+    assert made["text"] != run(*command, "--seed", 1)["text"]
     # Likeliest tokens: among drawn ones, logits that are nearly equal after four steps change places by their rounding.
     other = tmp_path / "other.txt"
     other.write_text(TEXT[7:1000])
@@ -93,6 +96,29 @@ def test_from_a_text_to_a_text(family: str, objective: str, tmp_path: Path) -> N
     assert "no text of its own" in run("evaluate", exported, exit_code=2)["message"]
     run("evaluate", exported, "--data", other, "--split", "test", exit_code=2)
     run("predict", exported, "--data", text, exit_code=7)
+
+
+@pytest.mark.parametrize("family", ["ar", "masked"])
+def test_tokens_of_a_tokenizer(family: str, tmp_path: Path) -> None:
+    tokenizer, text = write_tokenizer(tmp_path / "words", more=TEXT), tmp_path / "text.txt"
+    text.write_text(TEXT)
+    sizes = {
+        "model.tokenizer": tmp_path / "words", "model.width": 32, "model.depth": 2, "diffusion_blocks.num_blocks": 2,
+        "data.length": 16, "train.batch_size": 4, "train.steps": 150, "train.visit_steps": 150, "optimizer.lr": 1e-2,
+    }  # fmt: skip
+    session = tmp_path / "s"
+    changes = [word for key, value in sizes.items() for word in ("--set", f"{key}={value}")]
+    recipe = ("--recipe", f"{family}-text", "--data", text, "--memory-budget", "450MiB", "--threads", 1)
+    run("train", session, *recipe, *changes)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (session / "model" / file).read_bytes() == (tmp_path / "words" / file).read_bytes()
+    # The text is one sentence again and again, cut elsewhere where it is held out: what is asked is what was learnt.
+    found = run("evaluate", session, "--split", "train", "--threads", 1)["results"]
+    costs = {row["readout"]: row["value"] for row in found}
+    assert costs["elbo" if family == "masked" else "sigma_max"] < 0.5 * np.log2(tokenizer.get_vocab_size())
+    prompt = "In the beginning" if family == "ar" else "In the beginning[MASK:4]"
+    made = run("generate", session, "--prompt", prompt, "--max-tokens", 4, "--threads", 1)
+    assert made["text"].strip().startswith("God created the" if family == "ar" else "In the beginning God")
 
 
 def test_one_graph_of_block_0_takes_no_steps(tmp_path: Path) -> None:

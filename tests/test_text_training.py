@@ -14,6 +14,7 @@ from edgetrain import training
 from edgetrain.activations import Keep
 from edgetrain.data.batches import TextBatches
 from edgetrain.errors import UsageError
+from edgetrain.models.codebook import enter, read_out
 from edgetrain.noise import masking_band, masking_block
 from edgetrain.objectives.diffusion_blocks import diffusion_blocks
 from edgetrain.session import Session
@@ -23,6 +24,7 @@ from tests.text_families import (
     FAMILIES,
     VOCABULARY,
     Cycling,
+    model_of,
     new_session,
     random_block,
     small,
@@ -113,8 +115,9 @@ def test_a_trained_codebook_learns_by_all_that_is_made_of_z(family: str, tmp_pat
     assert done.summary["loss"] < first - 0.2
 
 
-def test_a_visit_changes_its_block_alone(tmp_path: Path) -> None:
-    session = new_session(tmp_path / "s", small("ar"))
+@pytest.mark.parametrize("family", ["ar", "masked"])
+def test_a_visit_changes_its_block_alone(family: str, tmp_path: Path) -> None:
+    session = new_session(tmp_path / "s", small(family))
     before = state(session)
     after = state(train_on(tmp_path / "s", cast(Any, Cycling()), blocks=[1]).session)
     changed = {name for name in before if before[name] != after[name]}
@@ -132,6 +135,39 @@ def test_a_draw_is_a_pure_function_that_parts_add_up_to(family: str) -> None:
         np.testing.assert_array_equal(array, np.concatenate([part[name] for part in parts]))
 
 
+def test_the_auxiliary_loss_is_what_the_clean_tokens_say_and_no_readout_contains_it(tmp_path: Path) -> None:
+    spec = small("ar", diffusion_blocks__auxiliary=0.7)
+    block, objective = random_block(spec), diffusion_blocks(spec, training_batches(spec, Cycling()))
+    draw = {name: torch.from_numpy(array) for name, array in objective.draw(0, 3, 0, 8).items()}
+    z = block.rows[draw["targets"]] + draw["sigma"][:, None, None] * draw["eps"]
+    boundary = enter(spec, block.stem, block.rows, draw["tokens"], z, draw["sigma"])
+    for layer in block.layers:
+        boundary = layer(boundary)
+    clean, head = boundary.carried["clean"], cast(Any, block.head)
+    auxiliary = head.auxiliary(clean / (clean.square().mean(-1, keepdim=True) + torch.finfo().eps).sqrt())
+    own = read_out(spec, block.head, block.rows, boundary, z, draw["sigma"])
+    parts = [
+        torch.nn.functional.cross_entropy(one.flatten(0, 1), draw["targets"].flatten()) for one in (own, auxiliary)
+    ]
+    torch.testing.assert_close(objective.loss(block, draw, Keep()), parts[0] + 0.7 * parts[1])
+    assert parts[0].item() != pytest.approx(parts[1].item(), rel=1e-3)
+
+    def costs() -> list[float]:
+        return [cost.nats for cost in model.costs(cast(Any, Cycling()), 4, 1, limit=8)]
+
+    model = model_of(new_session(tmp_path / "s", spec, tied=True))
+    before, load = costs(), model.modules.load
+
+    for part, is_read in (("auxiliary", False), ("readout", True)):
+
+        def spoilt(number: int, part: str = part) -> None:
+            load(number)
+            getattr(model.modules.head, part).weight.data.fill_(9.0)
+
+        model.modules.load = spoilt  # type: ignore[method-assign]
+        assert (costs() != before) == is_read
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_micro_batches_add_up_to_the_batch(family: str) -> None:
     spec = small(family)
@@ -146,10 +182,11 @@ def test_micro_batches_add_up_to_the_batch(family: str) -> None:
         assert loss(0, 3) + loss(3, 5) == pytest.approx(loss(0, 8), rel=1e-5)
 
 
-def test_one_batch_can_be_learnt_at_sigma_max(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["ar", "recurrent"])
+def test_one_batch_can_be_learnt_at_sigma_max(family: str, tmp_path: Path) -> None:
     """Where z tells nothing the context has to, and does: the next token is certain."""
     spec = small(
-        "ar", train__steps=150, train__visit_steps=150, diffusion_blocks__num_blocks=1, model__depth=2,
+        family, train__steps=150, train__visit_steps=150, diffusion_blocks__num_blocks=1, model__depth=2,
         diffusion_blocks__sigma_min=9.0, optimizer__lr=1e-2,
     )  # fmt: skip
     new_session(tmp_path / "s", spec)

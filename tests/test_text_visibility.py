@@ -136,9 +136,11 @@ def test_the_stem_of_a_masked_model_sees_so_many_neighbours(reach: int) -> None:
         assert (stem(swapped, t).carried["tokens"] - before)[0, 5].abs().max() > 1e-3
 
 
-def test_at_sigma_max_the_target_is_not_in_z() -> None:
-    """Of the preset paper, sigma 80: logits hardly move when y does; at sigma_min they do."""
-    spec = small("ar", diffusion_blocks__preset="paper")
+@pytest.mark.parametrize("preset", ["paper", "calibrated"])
+@pytest.mark.parametrize("family", ["ar", "recurrent"])
+def test_at_sigma_max_the_target_is_not_in_z(family: str, preset: str) -> None:
+    """Of paper sigma 80, of calibrated 20: logits hardly move when y does; at sigma_min they do."""
+    spec = small(family, diffusion_blocks__preset=preset)
     block = random_block(spec)
     tokens = torch.arange(LENGTH)[None] % VOCABULARY
     eps = torch.randn(1, LENGTH, 32, generator=torch.Generator().manual_seed(2))
