@@ -30,6 +30,14 @@ Score = Callable[[Path, Path], Scores]
 """(folder, session) -> the scores of a trained session."""
 
 
+COLUMNS = (["arm", "lr", "steps", "validation at 1/4, 1/2, 1"], ["above the floor MiB", "training s"])
+"""Of ``Study.rows``, around those of the metrics."""
+
+_TINY = {
+    "model.width": 8, "model.depth": 1, "model.heads": 1, "diffusion_blocks.num_blocks": 1, "train.batch_size": 1,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Arm:
     """``times``: how many times the study's steps it gets. ``lrs``: what is tried. ``seeds``: at most so many."""
@@ -57,12 +65,13 @@ class Study:
     """A folder with the sessions and scores of one comparison."""
 
     def __init__(
-        self, how: argparse.Namespace, recipe: str, data: Path, steps: int, *, best: str, maximise: bool
+        self, how: argparse.Namespace, recipe: str, data: Path, steps: int, *, chosen_by: Sequence[str], maximise: bool
     ) -> None:
-        """``how``: of ``quality_parser``."""
+        """``how``: of ``quality_parser``. ``chosen_by``: readouts, of which an arm has one; rates are chosen by
+        it, and curves show it. The best of several would favour the arms that have many."""
         self.folder, self.recipe, self.data = how.folder.resolve(), recipe, data.resolve()
         self.steps, self.budget, self.jobs, self.where = steps, how.memory_budget, how.jobs, where(how)
-        self.best, self.maximise = best, maximise
+        self.chosen_by, self.maximise = chosen_by, maximise
         self._writing = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._log = self.folder / "scores.jsonl"
@@ -111,7 +120,7 @@ class Study:
         """The best of the arm's learning rates, at a quarter of its steps, by validation."""
         if len(arm.lrs) == 1:
             return arm.lrs[0]
-        tried = {lr: self._best(self.result(arm, 0, 0.25, lr, "validation", score).scores) for lr in arm.lrs}
+        tried = {lr: self._chosen(self.result(arm, 0, 0.25, lr, "validation", score).scores) for lr in arm.lrs}
         return (max if self.maximise else min)(tried, key=lambda lr: tried[lr])
 
     def run(self, arms: Sequence[Arm], seeds: Sequence[int], validate: Score, test: Score) -> None:
@@ -127,6 +136,11 @@ class Study:
                 assert made
             for made in pool.map(lambda one: self.result(*one, 1.0, rates[one[0].name], "test", test), whole):
                 assert made
+
+    def floor_bytes(self, like: Arm) -> int:
+        """The peak of the same command on a model that is next to nothing: what the runtime itself takes."""
+        arm = Arm("floor", {**like.changes, **_TINY}, times=2 / self.steps)
+        return int(self.result(arm, 0, 1.0, 1e-3, "none", lambda *_: {}).extra["peak_bytes"])
 
     def cpu_s_a_step(self, arm: Arm) -> float:
         """Of the arm's trainings that were not interrupted, their beginning included: what else runs on the machine
@@ -151,25 +165,24 @@ class Study:
 
     def rows(self, arms: Sequence[Arm], metrics: Sequence[str], digits: int = 2) -> Iterator[list[object]]:
         """Arm, learning rate, steps, curve of the first seed, then mean and deviation of each metric on the test set,
-        the most memory that training took, and seconds of training."""
+        the most memory that training took above the floor, and seconds of training: ``COLUMNS`` before and after the
+        metrics."""
+        floor = self.floor_bytes(arms[0])
         for arm in arms:
             tested = self.at(arm, "test")
             curve = [
-                self._best(self.at(arm, "validation", part)[0].scores) for part in (0.25, 0.5, 1.0)
+                self._chosen(self.at(arm, "validation", part)[0].scores) for part in (0.25, 0.5, 1.0)
             ]  # fmt: skip
             values = [spread([one.scores[m] for one in tested if m in one.scores], digits) for m in metrics]
             seconds = statistics.mean(one.seconds for one in self.at(arm, "validation"))
             yield [
                 arm.name, f"{self.rates[arm.name]:g}", tested[0].steps,
                 " ".join(f"{value:.{digits}f}" for value in curve), *values,
-                mib(max(one.extra["peak_bytes"] for one in self.at(arm, "validation"))), f"{seconds:.0f}",
+                mib(max(one.extra["peak_bytes"] for one in self.at(arm, "validation")) - floor), f"{seconds:.0f}",
             ]  # fmt: skip
 
-    def _best(self, scores: Scores) -> float:
-        if self.best in scores:
-            return scores[self.best]
-        values = [value for name, value in scores.items() if name.startswith(self.best)]
-        return max(values) if self.maximise else min(values)
+    def _chosen(self, scores: Scores) -> float:
+        return next(scores[name] for name in self.chosen_by if name in scores)
 
     def figure(self, arms: Sequence[Arm], title: str, label: str, path: Path) -> None:
         """Learning curves of the first seed on the validation split, steps doubled from point to point."""
@@ -181,7 +194,7 @@ class Study:
         figure, axes = plt.subplots(figsize=(7, 4.2))
         for arm in arms:
             points = [
-                (one[0].steps, self._best(one[0].scores))
+                (one[0].steps, self._chosen(one[0].scores))
                 for one in (self.at(arm, "validation", part) for part in (0.25, 0.5, 1.0))
             ]
             axes.plot(*zip(*points, strict=True), marker="o", label=arm.name)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import report
 from language import king_james
-from quality import Arm, Score, Scores, Study, difference, quality_parser, split_text, text_scores, where
+from quality import COLUMNS, Arm, Score, Scores, Study, difference, quality_parser, split_text, text_scores, where
 from written import TOKENS, judged, openings
 
 _BASE = {"model.width": 64, "train.batch_size": 16, "train.visit_steps": 10}
@@ -34,10 +34,10 @@ _WRITTEN = 24
 
 def main() -> None:
     options = quality_parser(__doc__).parse_args()
-    steps = options.steps or (20 if options.quick else 1000)
+    steps = options.steps or (20 if options.quick else 800)
     seeds = range(1 if options.quick else options.seeds)
     fit, test = split_text(king_james(), options.folder.resolve())
-    study = Study(options, "ar-text", fit, steps, best="", maximise=False)
+    study = Study(options, "ar-text", fit, steps, chosen_by=("sigma_max", "whole"), maximise=False)
     validate = text_scores(None, where(options), "--limit", "128", "--euler-steps", "1")
     prompts = openings(test, 2 if options.quick else _WRITTEN)
     judge = study.session(ARMS[0], 0, 1.0, _LRS[0])
@@ -63,8 +63,7 @@ def main() -> None:
             )
     report(
         options.out, f"Next character, King James, {steps} steps a block, {len(seeds)} seeds: bits a character",
-        ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "whole model", *_READOUTS, *_JUDGED,
-         "peak MiB", "training s"],
+        [*COLUMNS[0], "whole model", *_READOUTS, *_JUDGED, *COLUMNS[1]],
         list(study.rows(ARMS, ["whole", *_READOUTS, *_JUDGED], 3)), *notes,
         f"judged: bits a character by the first arm (seed 0) of {len(prompts)} texts of {TOKENS} characters; "
         "distinct-2: per cent of their pairs of words that are different ones; chain: written by 16 Euler steps; "
@@ -72,7 +71,7 @@ def main() -> None:
         + ", ".join(f"{name} {value:.2f}" for name, value in judged(None, judge, prompts, 1).items()),
     )  # fmt: skip
     if options.figure is not None:
-        study.figure(ARMS, "Next character, King James, validation", "bits a character, best readout", options.figure)
+        study.figure(ARMS, "Next character, King James, validation", "bits a character", options.figure)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ Equal steps for each block are equal layer evaluations in training; in sampling 
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
 from common import edgetrain, progress, report
-from quality import Arm, Scores, Study, difference, quality_parser, split_train_set, where
+from quality import COLUMNS, Arm, Scores, Study, difference, quality_parser, split_train_set, where
 
 _USUAL_FOLDER = "/usr/share/datasets/fashion-mnist"
 _BASE = {"model.width": 64, "model.patch": 4, "model.neighbours": 1, "train.visit_steps": 100}
@@ -78,7 +79,7 @@ def main() -> None:
     made.add_argument("--data", type=Path, default=Path(os.environ.get("EDGETRAIN_FASHION_MNIST", _USUAL_FOLDER)))
     made.add_argument("--images", type=int, default=1000, help="how many are generated for the distance")
     options = made.parse_args()
-    steps = options.steps or (20 if options.quick else 4000)
+    steps = options.steps or (20 if options.quick else 2000)
     num_images = 40 if options.quick else options.images
     seeds = range(1 if options.quick else options.seeds)
     folder = options.folder.resolve()
@@ -112,19 +113,23 @@ def main() -> None:
 
         return scored
 
-    study = Study(options, "dit-fashion-mnist", choosing, steps, best="error", maximise=False)
+    study = Study(options, "dit-fashion-mnist", choosing, steps, chosen_by=("error",), maximise=False)
     study.run(ARMS, seeds, score(choosing, False), score(testing, True))
     levels = [name for name in study.at(ARMS[0], "test")[0].scores if name.startswith("error ")]
     notes = []
     for arm in ARMS[1:]:
-        for metric in ("error", "frechet"):
+        for metric in ("error", *levels, "frechet"):
             values, whole = ([one.scores[metric] for one in study.at(which, "test")] for which in (arm, ARMS[0]))
-            notes.append(f"{arm.name}, {metric}: {difference(values, whole, 4)} against end to end with 6 layers")
+            of_it = [100 / statistics.mean(whole) * one for one in values]
+            notes.append(
+                f"{arm.name}, {metric}: {difference(values, whole, 4)}, "
+                f"{difference(of_it, [100 / statistics.mean(whole) * one for one in whole], 1)} per cent, "
+                "against end to end with 6 layers"
+            )
     progress("scored")
     report(
         options.out, f"Generating Fashion-MNIST, {steps} steps a block, {len(seeds)} seeds",
-        ["arm", "lr", "steps", "validation error at 1/4, 1/2, 1", "error", *levels, "Frechet",
-         "peak MiB", "training s"],
+        [*COLUMNS[0], "error", *levels, "Frechet", *COLUMNS[1]],
         list(study.rows(ARMS, ["error", *levels, "frechet"], 4)), *notes,
         "error: EDM's weighted square error of a pixel, the mean of six noise levels; Frechet distance on the features "
         f"of a small classifier, {num_images} images, 50 steps, guidance 2",

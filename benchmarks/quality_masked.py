@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from common import report
 from language import king_james
-from quality import Arm, Study, difference, quality_parser, split_text, text_scores, where
+from quality import COLUMNS, Arm, Study, difference, quality_parser, split_text, text_scores, where
 
 _BASE = {"model.width": 64, "model.neighbours": 2, "train.batch_size": 16, "train.visit_steps": 20}
 _EXACT = _BASE | {"train.objective": "exact"}
@@ -26,10 +26,10 @@ ARMS = [
 
 def main() -> None:
     options = quality_parser(__doc__).parse_args()
-    steps = options.steps or (30 if options.quick else 4000)
+    steps = options.steps or (30 if options.quick else 6000)
     seeds = range(1 if options.quick else options.seeds)
     fit, test = split_text(king_james(), options.folder.resolve())
-    study = Study(options, "masked-text", fit, steps, best="elbo", maximise=False)
+    study = Study(options, "masked-text", fit, steps, chosen_by=("elbo",), maximise=False)
     validate = text_scores(None, where(options), "--limit", "256")
     study.run(ARMS, seeds, validate, text_scores(test, where(options), "--limit", "512"))
     whole = [one.scores["elbo"] for one in study.at(ARMS[0], "test")]
@@ -40,7 +40,7 @@ def main() -> None:
     ]
     report(
         options.out, f"Masked diffusion, King James, {steps} steps a block, {len(seeds)} seeds: bits a character",
-        ["arm", "lr", "steps", "validation at 1/4, 1/2, 1", "test, at most", "peak MiB", "training s"],
+        [*COLUMNS[0], "test, at most", *COLUMNS[1]],
         list(study.rows(ARMS, ["elbo"], 3)), *notes,
     )  # fmt: skip
     if options.figure is not None:

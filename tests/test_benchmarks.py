@@ -41,14 +41,14 @@ class Counted:
     def __call__(self, folder: Path, session: Path) -> Scores:
         assert (session / "session.json").exists()
         self.sessions.append(session.name)
-        return {"error": 1.0 if "-0.004-" in session.name else 2.0}
+        return {"other": 9.0, "error": 1.0 if "-0.004-" in session.name else 2.0}
 
 
 def study(folder: Path, data: Path) -> Study:
     how = argparse.Namespace(
         folder=folder, memory_budget="1GiB", jobs=1, threads=1, device="cpu",
     )  # fmt: skip
-    return Study(how, "vit-fashion-mnist", data, 4, best="error", maximise=False)
+    return Study(how, "vit-fashion-mnist", data, 4, chosen_by=("error", "other"), maximise=False)
 
 
 def test_a_study_trains_each_arm_once_and_goes_on_where_it_was(tmp_path: Path, data: Path) -> None:
@@ -62,9 +62,11 @@ def test_a_study_trains_each_arm_once_and_goes_on_where_it_was(tmp_path: Path, d
     names = [first.session(arm, seed, 1.0, first.rates[arm.name]).name for arm, seed in tested]
     assert sorted(test.sessions) == sorted(names)
     assert [one.steps for one in first.at(ARMS[0], "validation", 0.5)] == [2]
-    name, lr, steps, curve, error, peak, seconds = next(first.rows(ARMS, ["error"]))
+    name, lr, steps, curve, error, memory, seconds = next(first.rows(ARMS, ["error"]))
     assert (name, lr, steps, curve, error) == ("in blocks", "0.004", 4, "1.00 1.00 1.00", "1.00 ± 0.00")
-    assert float(str(peak)) > 50 and float(str(seconds)) >= 0
+    most = max(one.extra["peak_bytes"] for one in first.at(ARMS[0], "validation"))
+    assert float(str(memory)) == pytest.approx((most - first.floor_bytes(ARMS[0])) / 2**20, abs=0.06)
+    assert first.floor_bytes(ARMS[0]) > 50 << 20 and float(str(seconds)) >= 0
     assert first.cpu_s_a_step(ARMS[0]) > 0
 
     asked = Counted()
