@@ -503,8 +503,8 @@ def test_neither_torch_nor_transformers_is_imported(folder_of, tmp_path):
     code = """
 import sys
 sys.argv[0] = "edgetrain"
-from edgetrain.cli.main import run
-run()
+from edgetrain.cli.main import main
+main.main(standalone_mode=False)
 print([name for name in ("torch", "transformers", "safetensors", "tokenizers") if name in sys.modules])
 """
     for recipe in ("finetune", "lora"):

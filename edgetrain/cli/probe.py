@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from devices.limits import without_block_cache
 from edgetrain.cli.become import become
-from edgetrain.cli.main import guarded
+from edgetrain.cli.main import ended, guarded
 from edgetrain.cli.options import start_torch
 from edgetrain.errors import EdgetrainError
 from edgetrain.plan import Probe, save_probe, saved_probe
@@ -133,7 +133,7 @@ def main() -> None:
         os.environ[_RESULT] = json.dumps({"request": told["request"], "measured": result})
         become(told["command"])
 
-    guarded(measured, as_json="--json" in (told["command"] or ()))
+    ended(lambda: guarded(measured, as_json="--json" in (told["command"] or ())))
 
 
 if __name__ == "__main__":

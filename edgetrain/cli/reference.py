@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from edgetrain.cli import options
 from edgetrain.cli.become import become
-from edgetrain.cli.main import guarded
+from edgetrain.cli.main import ended, guarded
 
 if TYPE_CHECKING:
     from exporters.parity import Reference
@@ -87,7 +87,7 @@ def main() -> None:
         os.environ[_RESULT] = json.dumps({"request": told["request"], "reference": asdict(result)})
         become(told["command"])
 
-    guarded(computed, as_json="--json" in told["command"])
+    ended(lambda: guarded(computed, as_json="--json" in told["command"]))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 from edgetrain.cli.main import COMMANDS
 from edgetrain.units import parse_bytes
-from tests.cli.workplace import BUDGET, RECIPE
+from tests.cli.workplace import BUDGET, RECIPE, command
 
 # ------------------------------------------------------------------------------------------------ what goes well
 
@@ -31,6 +31,32 @@ def test_the_summary_of_train(place, complete):
     assert (place.folder / "complete" / "plan.json").exists()
     for line in (place.folder / "complete" / "metrics.jsonl").read_text().splitlines():
         assert {"time", "block", "step", "loss", "lr"} <= set(json.loads(line))
+
+
+# Of a process of a small one, since a large one that starts it counts as its beginning.
+MEASURED = """
+import os, subprocess, sys
+_, status, used = os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0)
+print(used.ru_maxrss << 10, file=sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [("train", "--steps", 64), ("evaluate",), ("generate", "--to", "grid.png", "--steps", 2)]
+)
+def test_the_peak_that_is_named_is_that_of_the_whole_process(place, session, arguments):
+    """To its very end: taken down the usual way, what libraries bring back into memory is MiBs above it."""
+    name, *more = arguments
+    if name == "generate":
+        session = place.folder / "generator"
+        made = ["--recipe", place.recipe, "--set", "model.family=dit", "--steps", 2, "--memory-budget", BUDGET]
+        place.json("train", session, *made)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *command(name, session, *more, "--threads", 1, "--json")],
+        capture_output=True, text=True, check=True, env=place.environment, cwd=place.folder,
+    )  # fmt: skip
+    assert int(done.stderr.split()[-1]) <= json.loads(done.stdout)["peak_bytes"] + (1 << 20)
 
 
 def test_status_and_verify_name_the_same_digest(place, complete):
