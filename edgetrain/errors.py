@@ -28,7 +28,7 @@ class UsageError(EdgetrainError):
 
 
 class BudgetInfeasible(EdgetrainError):
-    """The plan found no way to train inside the budget; nothing was done."""
+    """There is no way to do it inside the budget; nothing was done."""
 
     exit_code = 3
 

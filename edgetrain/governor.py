@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from devices.memory import HostMemory, Memory
-from edgetrain.errors import BudgetBroken
-from edgetrain.units import format_bytes
+from edgetrain.errors import BudgetBroken, BudgetInfeasible
+from edgetrain.units import advised_mib, format_bytes
 
 
 class Governor:
@@ -36,17 +36,19 @@ class Governor:
             planned_bytes: beyond which freed memory that was kept goes back to the system.
 
         Raises:
-            BudgetBroken: less than that is left.
+            BudgetInfeasible: less than that is left.
         """
         if self.host_bytes is not None and HostMemory().peak_bytes() > self.host_bytes:
             self.check()
         host = nullcontext() if self.host_bytes is None else HostMemory().watch(self.host_bytes, self._on_excess)
         with host, self.memory.watch(self.budget_bytes, self._on_excess, planned_bytes):
-            if self.memory.free_bytes(self.budget_bytes) < needed_bytes:
-                raise BudgetBroken(
-                    f"{format_bytes(self.memory.resident_bytes())} are in use before the first step: the "
-                    f"budget of {format_bytes(self.budget_bytes)} leaves less than {format_bytes(needed_bytes)}",
-                    "Raise --memory-budget a little.",
+            lacking = needed_bytes - self.memory.free_bytes(self.budget_bytes)
+            if lacking > 0:
+                raise BudgetInfeasible(
+                    f"{format_bytes(self.budget_bytes)} are too little: before the first step "
+                    f"{format_bytes(self.budget_bytes + lacking - needed_bytes)} are taken, with what comes in later, "
+                    f"and {format_bytes(needed_bytes)} are needed beside them",
+                    f"Use --memory-budget {advised_mib(self.budget_bytes + lacking)}MiB.",
                 )
             self.memory.limit(self.budget_bytes)
             try:

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from edgetrain.pieces import buffer_bytes
 from edgetrain.spec import ModelSpec, Spec, StackSpec, TextModelSpec
 from edgetrain.stack import source_hash
 from edgetrain.stages import Shapes, frozen, groups, largest_block
-from edgetrain.units import MIB, format_bytes
+from edgetrain.units import MIB, advised_mib, format_bytes
 
 C = TypeVar("C")
 
@@ -37,7 +36,6 @@ ACTIVATIONS = ("keep", "recompute", "offload")
 # and a step needs a little of its own. Training uses some 4 of them, for predictions are low by up to 3 per cent.
 MARGIN_BYTES = 10 * MIB
 MARGIN_OF_ACTIVATIONS = 0.03
-_MARGIN_OF_ADVICE = 0.01  # a budget that an error names must do, though the next probe may measure a little more
 # Of activations, and at least: what a heap that is used again has between what is in use. What goes beyond is given
 # back (``Governor.hold``).
 _HOLES, _LEAST_HOLES_BYTES = 0.25, 6 * MIB
@@ -325,10 +323,6 @@ def _best_knob(spec: Spec, probe: Probe, activations: str | None, smallest: int)
     if text is None or needed[text] >= smallest:
         return ", or a smaller model.width."
     return f", or --set {text}, with which {advised_mib(needed[text])}MiB will do."
-
-
-def advised_mib(needed_bytes: int) -> int:
-    return math.ceil(needed_bytes * (1 + _MARGIN_OF_ADVICE) / MIB)
 
 
 def session_bytes(spec: Spec, shapes: Shapes) -> int:

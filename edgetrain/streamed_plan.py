@@ -21,7 +21,6 @@ from edgetrain.plan import (
     Curve,
     Plan,
     StreamedChoice,
-    advised_mib,
     choose,
     session_bytes,
     splits,
@@ -29,7 +28,7 @@ from edgetrain.plan import (
 from edgetrain.spec import LanguageModelSpec, Spec
 from edgetrain.stages import ExactStages, Shapes, Unit, exact_stages, rows_of_chunk
 from edgetrain.store.layout import StageLayout
-from edgetrain.units import MIB
+from edgetrain.units import MIB, advised_mib
 
 _COMMIT_EVERY_S = 60.0
 # The limit keeps 8.5 MiB of it for file pages; predictions are low by up to 2 per cent, and a process grows a little.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from edgetrain.errors import UsageError
 
 MIB = 1 << 20
+_MARGIN_OF_ADVICE = 0.01  # a budget that is advised must do, though the next probe may measure a little more
 
 _FACTORS = {
     "": 1, "b": 1,
@@ -36,6 +38,11 @@ def format_bytes(num_bytes: float) -> str:
         if abs(num_bytes) >= size * (10 if unit == "GiB" else 1):
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def advised_mib(needed_bytes: float) -> int:
+    """The budget to name, in whole MiB, where so much is needed."""
+    return math.ceil(needed_bytes * (1 + _MARGIN_OF_ADVICE) / MIB)
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from devices import limits, meter
 from edgetrain.errors import BudgetBroken
-from edgetrain.units import MIB, format_bytes
+from edgetrain.units import MIB, advised_mib, format_bytes
 from exporters.manifest import MODEL_DATA, WEIGHTS, LanguageManifest, TextManifest
 from exporters.runtime import Floats, import_onnxruntime, model_errors, open_model
 
@@ -49,8 +49,12 @@ def within(budget_bytes: int | None, what: str, mapped_bytes: int = 0, touched_b
             now = meter.usage()
             limit = limits.data_limit_for(budget_bytes - touched_bytes, now)
             if limit < now.data_bytes:
-                needed = format_bytes(now.resident_bytes + touched_bytes)
-                raise BudgetBroken(f"{what} takes {needed} without room to compute in", hint)
+                least = budget_bytes + now.data_bytes - limit
+                raise BudgetBroken(
+                    f"{what} takes {format_bytes(least)} without room to compute in, more than the budget of "
+                    f"{format_bytes(budget_bytes)}",
+                    f"Give it {advised_mib(least + _ROOM_BYTES)}MiB.",
+                )
             limits.set_data_limit(limit + 2 * mapped_bytes)
         yield
     except MemoryError as error:

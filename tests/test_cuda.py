@@ -17,7 +17,6 @@ import devices
 from devices import DeviceOutOfMemory, Tier
 from edgetrain.data import Dataset
 from edgetrain.doctor import examine
-from edgetrain.errors import BudgetBroken
 from edgetrain.governor import Governor
 from edgetrain.plan import Choice
 from edgetrain.stages import exact_stages
@@ -105,7 +104,7 @@ def test_a_limit_is_on_the_gpus_memory() -> None:
         assert 64 * MIB < memory.peak_bytes() <= budget
         assert memory.free_bytes(budget) <= 192 * MIB
     kept.release()
-    with pytest.raises(BudgetBroken, match="leaves less than"), Governor(budget, memory).hold(1 << 40):
+    with pytest.raises(BudgetInfeasible, match="are needed beside"), Governor(budget, memory).hold(1 << 40):
         pass
 
 

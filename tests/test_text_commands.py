@@ -148,6 +148,8 @@ def test_a_masked_model_goes_on_after_a_prompt_without_a_mask(tmp_path: Path) ->
     made = run("generate", session, "--prompt", "In the", "--max-tokens", 9, "--temperature", 1, "--threads", 1)
     assert made["finish"] in ("length", "stop")
     assert made["tokens"] == 9
+    made = run("generate", session, "--prompt", "In the", "--temperature", 1, "--threads", 1)
+    assert made["tokens"] == 10, "as many as texts in training have room for"
 
 
 def test_what_a_command_refuses(tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def command(
         return
     found = Session.open(session)
     budget = options.saved_budget(found, budget)
+    options.warn_of_untrained(found)
     spec = found.spec
     if isinstance(spec.model, TextModelSpec):
         _text_model(found, data, budget, split, (euler_steps, draws, limit), device, threads, as_json)

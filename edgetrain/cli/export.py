@@ -134,6 +134,7 @@ def _export_compared(
     from exporters.manifest import read
 
     budget = _known_budget(found, budget)
+    options.warn_of_untrained(found)
     onnx.check_replaceable(folder)
     reference = referenced(session, folder, single_file, budget)
     onnx.warm_up()

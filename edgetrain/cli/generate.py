@@ -48,7 +48,11 @@ def _finite(context: click.Context, parameter: click.Parameter, value: float) ->
     help="Draw among the likeliest tokens that have this much probability together.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Decides what is drawn.")
-@click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True, help="Write at most so many.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    help=f"Write at most so many.  [{options.MAX_TOKENS}, or what the length of training texts has room for]",
+)
 @click.option("--to", "file", type=click.Path(path_type=Path, dir_okay=False), help="Images: the PNG to write.")
 @click.option("--count", type=click.IntRange(1), help="Images: how many.  [8 of each class]")
 @click.option("--classes", help="Images: of which classes, by number or name, as in 0,3 or dress,bag.  [all]")
@@ -72,7 +76,7 @@ def command(
     temperature: float,
     top_p: float,
     seed: int,
-    max_tokens: int,
+    max_tokens: int | None,
     file: Path | None,
     count: int | None,
     classes: str | None,
@@ -137,10 +141,11 @@ def command(
             raise UsageError("--chat is there for pretrained models with a chat template", "Leave it out.")
         write_text(model, prompt, (temperature, top_p, seed), max_tokens, steps, budget, threads, as_json)
         return
+    most = max_tokens or options.MAX_TOKENS
     if is_exported(model):
-        write_exported(model, prompt, chat, (temperature, top_p, seed), max_tokens, budget, threads, as_json)
+        write_exported(model, prompt, chat, (temperature, top_p, seed), most, budget, threads, as_json)
         return
-    _write(model, prompt, chat, (temperature, top_p, seed), max_tokens, budget, device, threads, as_json)
+    _write(model, prompt, chat, (temperature, top_p, seed), most, budget, device, threads, as_json)
 
 
 def _write(

@@ -35,6 +35,7 @@ class Wanted:
 def paint(session: Session, wanted: Wanted, budget: int | None, device: str, threads: int, as_json: bool) -> None:
     """Writes a PNG with a grid of images, the classes in turn, as many columns as there are classes."""
     budget = options.saved_budget(session, budget)
+    options.warn_of_untrained(session)
     chosen, labels = _labels(session.class_names, wanted)
     options.start_torch(threads)
     import devices

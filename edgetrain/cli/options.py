@@ -57,6 +57,7 @@ HOST_MEMORY = click.option(
 )
 DATA = click.option("--data", help="The data: a path, or 'digits' for the embedded set.")
 DEVICE = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, jetson, mps, emulated or auto.")
+MAX_TOKENS = 128  # that generate writes
 THREADS = click.option("--threads", type=click.IntRange(1), default=_num_cpus, help="CPU threads.  [all cores]")
 RECIPE = click.option("--recipe", help="A built-in recipe (see 'edgetrain recipes') or a TOML file.")
 SET = click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe.")
@@ -191,6 +192,15 @@ def start_torch(num_threads: int) -> None:
         import torch
 
     torch.set_num_threads(num_threads)
+
+
+def warn_of_untrained(session: Session) -> None:
+    """Says on stderr which blocks have not been trained at all."""
+    if session.spec.is_exact:
+        return  # a model that was imported is of use as it is
+    untrained = [str(block) for block in range(session.spec.num_blocks) if session.progress(block).step == 0]
+    if untrained:
+        click.echo(f"not trained yet, so as they began: block {', '.join(untrained)}", err=True)
 
 
 def saved_budget(session: Session, budget: int | None) -> int:

@@ -53,7 +53,7 @@ def command(
     from edgetrain.cli.probe import probed
     from edgetrain.session import Session
     from edgetrain.spec import StackSpec
-    from edgetrain.units import format_bytes, format_seconds
+    from edgetrain.units import advised_mib, format_bytes, format_seconds
 
     if (session is None) == (recipe is None):
         raise UsageError(
@@ -85,7 +85,7 @@ def command(
         return "\n".join([
             *lines,
             f"{'peak':12} {format_bytes(plan.peak_bytes):>12}   of a budget of {format_bytes(plan.budget_bytes)}; "
-            f"the smallest that would do is {-(-plan.smallest_budget_bytes // (1 << 20))}MiB",
+            f"the smallest to name is {advised_mib(plan.smallest_budget_bytes)}MiB",
             f"micro-batch {plan.choice.micro_batch} of {spec.train.batch_size}, {plan.choice.describe()}, "
             f"about {format_seconds(plan.step_s)} a step",
             f"disk: session {format_bytes(plan.session_bytes)}; written a step {format_bytes(written)}, to scratch "

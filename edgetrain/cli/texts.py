@@ -28,7 +28,7 @@ def write(
     session: Session,
     prompt: str,
     sampling: tuple[float, float, int],
-    max_tokens: int,
+    max_tokens: int | None,
     steps: int | None,
     budget: int | None,
     device: str,
@@ -42,6 +42,7 @@ def write(
     from edgetrain import generation
 
     spec, budget = session.spec, options.saved_budget(session, budget)
+    options.warn_of_untrained(session)
     asked = _Asked(
         session.model_files, prompt, max_tokens, spec.text_model.vocab_size, spec.model.family == "masked",
         spec.text.length,
@@ -70,7 +71,7 @@ def write_exported(
     folder: Path,
     prompt: str,
     sampling: tuple[float, float, int],
-    max_tokens: int,
+    max_tokens: int | None,
     steps: int | None,
     budget: int | None,
     threads: int,
@@ -110,27 +111,27 @@ def write_exported(
 
 
 class _Asked:
-    """A prompt, its tokens, and what is made of it.
+    """A prompt, its tokens, and what is made of it. ``max_tokens`` None: what there is room for.
 
     Raises:
         UsageError: the prompt has no tokens.
     """
 
     def __init__(
-        self, folder: Path, prompt: str, max_tokens: int, vocab_size: int, is_masked: bool, trained_length: int
+        self, folder: Path, prompt: str, max_tokens: int | None, vocab_size: int, is_masked: bool, trained_length: int
     ) -> None:
         from edgetrain import generation
 
         self._text = generation.Text(folder, vocab_size)
-        self._prompt, self._max_tokens, self.is_masked = prompt, max_tokens, is_masked
-        self._tokens = (
-            _masked(self._text, prompt, max_tokens, vocab_size) if is_masked else _encoded(self._text, prompt)
-        )
+        self._prompt, self.is_masked = prompt, is_masked
+        given = _encoded(self._text, prompt)
+        self._max_tokens = max_tokens or min(options.MAX_TOKENS, max(1, trained_length - len(given)))
+        self._tokens = _masked(self._text, prompt, self._max_tokens, vocab_size) if is_masked else given
         if not len(self._tokens):
             raise UsageError("the prompt has no tokens", "Give a word to begin with: --prompt Once")
         self.num_masked = int((self._tokens == vocab_size).sum())
         self._ends = generation.end_tokens(folder, self._text)
-        total = len(self._tokens) + (0 if is_masked else max_tokens)
+        total = len(self._tokens) + (0 if is_masked else self._max_tokens)
         if total > trained_length:
             click.echo(f"{total} tokens are more than the {trained_length} that the model was trained on", err=True)
 

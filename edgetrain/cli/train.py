@@ -137,8 +137,16 @@ def _with_recipe(tables: dict[str, Any], recipe: str) -> dict[str, Any]:
     What may change on a session stays as it is: there only --set, --steps and --data change it.
     """
     from edgetrain.recipe import RESUMABLE_KEYS, RESUMABLE_TABLES, load_recipe
+    from edgetrain.spec import require
 
     given = load_recipe(recipe)
+    own = tables["model"]["family"]
+    family = given.get("model", {}).get("family", own)
+    require(
+        family == own,
+        f"{recipe} is a recipe of the family {family!r}, and this is a session of {own!r}",
+        "Start a new session for it, or leave out --recipe.",
+    )
     return {
         table: keys
         | {
@@ -169,7 +177,7 @@ def _text(summary: dict[str, Any], blocks: int) -> str:
     per_block = " per block" if blocks > 1 else ""
     return "\n".join([
         f"{summary['session']}: {summary['status']}, step {summary['step']} of {summary['steps']}{per_block}, {loss}, "
-        f"in {format_duration(summary['seconds'])}",
+        f"in {format_duration(summary['seconds'])}, micro-batch {summary['micro_batch']}",
         f"memory  peak {format_bytes(summary['peak_bytes'])}  plan {format_bytes(summary['plan_peak_bytes'])}  "
         f"budget {format_bytes(summary['budget_bytes'])}",
         f"disk    read {format_bytes(summary['bytes_read'])}  written {format_bytes(summary['bytes_written'])}",

@@ -144,11 +144,8 @@ def test_help_has_an_example_and_needs_no_torch(place, name):
     code = f"""
 import sys
 sys.argv = ["edgetrain", {name!r}, "--help"]
-from edgetrain.cli.main import run
-try:
-    run()
-except SystemExit as done:
-    assert not done.code
+from edgetrain.cli.main import main
+assert not main.main(standalone_mode=False)
 print("torch" in sys.modules)
 """
     done = subprocess.run(
@@ -227,6 +224,27 @@ def test_an_infeasible_budget_names_one_that_would_do(place, complete, tmp_path,
     done = place.run(*arguments, named, *(["--steps", 4] if name == "train" else []), "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["budget_bytes"] == parse_bytes(named)
+
+
+def test_a_recipe_of_another_family_is_named_as_such(place, session):
+    said = place.fails(2, "train", session, "--recipe", "dit-digits")
+    assert "of the family 'dit', and this is a session of 'vit'" in said
+    assert "Start a new session" in said
+
+
+def test_a_budget_too_small_to_evaluate_in_is_refused_with_one_that_will_do(place, complete):
+    said = place.json("evaluate", complete["session"], "--memory-budget", "100MiB", "--threads", 1, exit_code=3)
+    enough = re.search(r"--memory-budget (\d+)MiB", said["hint"])[1]
+    assert 150 < int(enough) < 260
+    place.json("evaluate", complete["session"], "--memory-budget", f"{enough}MiB", "--threads", 1)
+
+
+def test_blocks_that_are_as_they_began_are_named(place, tmp_path):
+    arguments = place.train(tmp_path / "part", "--blocks", "1", "--visits", "1")
+    assert place.run(*arguments).returncode == 0
+    done = place.run("evaluate", tmp_path / "part", "--threads", 1)
+    assert (done.returncode, done.stderr) == (0, "not trained yet, so as they began: block 0\n")
+    assert place.run("evaluate", place.folder / "complete", "--threads", 1).stderr == ""
 
 
 def test_a_misspelt_key_in_a_recipe_file(place, tmp_path):
