@@ -17,6 +17,7 @@ import devices
 from devices import DeviceOutOfMemory, Tier
 from edgetrain.data import Dataset
 from edgetrain.doctor import examine
+from edgetrain.errors import BudgetInfeasible
 from edgetrain.governor import Governor
 from edgetrain.plan import Choice
 from edgetrain.stages import exact_stages

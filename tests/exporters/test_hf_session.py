@@ -401,8 +401,8 @@ def lora(tmp_path) -> Path:
 _WATCHED = """
 import sys
 sys.argv[0] = "edgetrain"
-from edgetrain.cli.main import run
-run()
+from edgetrain.cli.main import main
+main.main(standalone_mode=False)
 print([name for name in ("torch", "transformers", "safetensors", "onnx") if name in sys.modules])
 """
 
