@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from edgetrain.errors import DiskError, EdgetrainError, SessionCorrupt
+from edgetrain.errors import DiskError, EdgetrainError, SessionCorrupt, UsageError
 from edgetrain.units import format_bytes
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -50,6 +50,8 @@ def explain(error: OSError, path: Path, needed_bytes: int = 0) -> EdgetrainError
         )
     if isinstance(error, FileNotFoundError):
         return SessionCorrupt(f"{path} is missing", "Copy the session again, with all of its files.")
+    if isinstance(error, (NotADirectoryError, FileExistsError)):
+        return UsageError(f"{path} cannot be a folder: there is a file in its place", "Name another folder.")
     return DiskError(
         f"the disk failed: {path}: {error.strerror or error}",
         "Check the disk and the system's log; what was committed before is kept.",

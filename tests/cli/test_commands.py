@@ -226,6 +226,13 @@ def test_an_infeasible_budget_names_one_that_would_do(place, complete, tmp_path,
     assert json.loads(done.stdout)["budget_bytes"] == parse_bytes(named)
 
 
+def test_a_file_where_a_folder_should_be(place, complete, tmp_path):
+    (tmp_path / "file").touch()
+    for where in (tmp_path / "file", tmp_path / "file" / "inside"):
+        for arguments in (place.train(where), ["export", complete["session"], "--to", where]):
+            assert re.search("not a directory|is a file|a file in its place", place.fails(2, *arguments)), arguments
+
+
 def test_a_recipe_of_another_family_is_named_as_such(place, session):
     said = place.fails(2, "train", session, "--recipe", "dit-digits")
     assert "of the family 'dit', and this is a session of 'vit'" in said
